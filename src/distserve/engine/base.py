@@ -1,0 +1,64 @@
+"""The contract of what computes a batch. Live: torch on this machine's devices; fake: sleeps for the predicted time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from distserve.request import Request, Token
+from distserve.sched.base import Batch
+
+
+@dataclass(slots=True)
+class EngineResult:
+    """What a step produced: one token per sequence that was computed to its end."""
+
+    tokens: dict[int, Token] = field(default_factory=dict)  # by request id
+    seconds: float = 0.0  # the step's own duration, measured by the executor
+
+    @property
+    def ended(self) -> set[int]:
+        return {i for i, token in self.tokens.items() if token.finish is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an executor needs to be built; comes out of the plan and the command line."""
+
+    model: str  # a folder, a .gguf file (resolved to a local path by the launcher)
+    device: str = "cpu"  # "cpu" or "cuda:N"
+    dtype: str = "auto"  # "auto": the checkpoint's (GGUF: bfloat16), "bfloat16", "float16", "float32"
+    block_size: int = 32  # tokens per KV block
+    kv_bytes: int = 1 << 30  # KV memory of this instance
+    max_model_len: int | None = None  # None: the checkpoint's
+    cores: tuple[int, ...] = ()  # CPU cores to pin to (empty: leave alone)
+
+
+class Executor(Protocol):
+    """Computes. Not thread-safe: one call at a time. Builds everything in `start`, nothing in the constructor."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+    async def start(self, progress: Callable[[float, str], None]) -> None:
+        """Loads weights, allocates KV, warms up; `progress(fraction, what)`. Raises `ModelError` with the cure."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Makes a request's tokens and sampling known before a batch names it."""
+        ...
+
+    async def execute(self, batch: Batch) -> EngineResult:
+        """Computes one batch: writes KV of the scheduled tokens, samples where a sequence is computed to its end, and
+        appends the sampled token to the request's tokens."""
+        ...
+
+    def forget(self, request_id: int) -> None:
+        """The request ended or moved on. Idempotent."""
+        ...
+
+    async def stop(self) -> None: ...
+
+

@@ -1,0 +1,152 @@
+"""The contract of every scheduler, and the nouns it speaks: lists and integers, no token ids, no tensors, no clock.
+
+A scheduler is told what happened and says what to do next; two drivers connect it to a world (`serve/instance.py` to
+asyncio and a device, `sim/` to a heap). It never sees a request's true output length: the world says who ended.
+
+A sequence's life (which states a scheduler uses depends on its role):
+
+    prefill:    QUEUED -> RUNNING -> HELD (lease) -> RELEASED
+    decode:     WAITING -> PULLING -> RUNNING -> FINISHED          RUNNING -> PREEMPTED -> RUNNING (recomputed here)
+    colocated:  QUEUED -> RUNNING -> FINISHED                      RUNNING -> PREEMPTED -> RUNNING
+    any of them -> ABORTED
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+
+class State(Enum):
+    QUEUED = "queued"  # waits for its first batch
+    WAITING = "waiting"  # its KV waits elsewhere until there is room here
+    PULLING = "pulling"  # blocks allocated here, bytes on their way
+    RUNNING = "running"
+    PREEMPTED = "preempted"  # lost its blocks; will be computed again from its tokens
+    HELD = "held"  # prefilled; blocks wait to be pulled, until the lease ends
+    RELEASED = "released"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request as a scheduler sees it. `add` takes ownership; only its scheduler writes to it afterwards."""
+
+    id: int
+    num_tokens: int  # tokens known so far: prompt and generated
+    attempt: int = 1
+    num_kv_tokens: int = 0  # decode: how many of them have their KV waiting to be pulled (0: compute it here)
+    num_computed: int = 0  # tokens whose KV is in `blocks`
+    blocks: list[int] = field(default_factory=list)
+    state: State = State.QUEUED
+    scheduled: int = 0  # tokens of it in a batch that has not completed (0: it may be scheduled)
+    arrival: float = 0.0  # when it was added here
+    lease: float = 0.0  # HELD: until when its blocks are kept without word from the puller
+
+
+@dataclass(slots=True)
+class Batch:
+    """What to compute in one step: for each sequence the next `n` tokens after its `num_computed`.
+
+    A sequence whose tokens are all computed by the step (`num_computed + n == num_tokens`) gets a new token sampled.
+    """
+
+    id: int
+    items: list[tuple[Sequence, int]]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(n for _, n in self.items)
+
+
+class StepResult(Protocol):
+    """What the world reports of an executed batch."""
+
+    @property
+    def ended(self) -> Container[int]:
+        """Ids of the sequences whose sampled token was their last."""
+        ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a scheduler's answer to an event means for the world. Blocks are already freed when it is returned."""
+
+    sampled: list[Sequence] = field(default_factory=list)  # got a token in this step (in batch order)
+    held: list[Sequence] = field(default_factory=list)  # of those: prefilled, KV now held for a puller
+    finished: list[Sequence] = field(default_factory=list)  # of those: that token was their last
+    dropped: list[Sequence] = field(default_factory=list)  # aborted, released or lease over: forget them
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a router needs to know about an instance. Counts at one moment."""
+
+    num_queued: int = 0  # sequences waiting for a first batch, a pull or a recomputation
+    num_queued_tokens: int = 0  # tokens those must still have computed (prefill) or pulled (decode)
+    num_running: int = 0
+    num_held: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    num_preemptions: int = 0  # since the epoch began
+
+
+class Scheduler(Protocol):
+    """Decides, never waits. Every method returns at once; `now` is in seconds and never goes back."""
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        """Takes ownership. Raises `RequestError` where the sequence could never fit the KV memory."""
+        ...
+
+    def next_batch(self, now: float) -> Batch | None:
+        """The next step's work, or None: nothing can run until something happens. May preempt. Several batches may be
+        in flight (as many as the instance has pipeline stages); a sequence is in at most one of them."""
+        ...
+
+    def complete(self, batch: Batch, result: StepResult, now: float) -> Outcome:
+        """The world has executed `batch`. Batches complete in the order in which they were made. Sequences that were
+        aborted meanwhile are skipped and their blocks, kept until now because the device was writing to them, freed."""
+        ...
+
+    def abort(self, sequence_id: int, now: float) -> Outcome:
+        """Drops it from whichever queue holds it; an unknown id changes nothing (the answer is then empty)."""
+        ...
+
+    def expire(self, now: float) -> Outcome:
+        """Lets go of what waited longer than its lease. Cheap; called often."""
+        ...
+
+    def load(self) -> Load: ...
+
+
+class HoldingScheduler(Scheduler, Protocol):
+    """Prefill's additions: blocks are held until every puller is done."""
+
+    def release(self, sequence_id: int, now: float) -> Outcome:
+        """The pull is over (or the gateway no longer wants it): frees the held blocks. Idempotent."""
+        ...
+
+    def renew(self, sequence_id: int, now: float) -> bool:
+        """Extends the lease; False where nothing is held any more."""
+        ...
+
+
+class PullingScheduler(Scheduler, Protocol):
+    """Decode's additions: KV arrives from elsewhere."""
+
+    def next_pulls(self, now: float) -> list[Sequence]:
+        """Admits waiting hand-offs for which there are blocks, first come first served; they become PULLING and own
+        the target blocks (`blocks`, enough for `num_kv_tokens` tokens)."""
+        ...
+
+    def pulled(self, sequence_id: int, now: float) -> Outcome:
+        """All bytes are here and verified: it runs from the next batch on. Where the sequence was aborted meanwhile the
+        blocks are freed now."""
+        ...
+
+    def pull_failed(self, sequence_id: int, now: float) -> Outcome:
+        """Frees the target blocks and forgets the sequence (it is in `dropped`); the driver reports it."""
+        ...

@@ -1,0 +1,93 @@
+"""The contract of moving KV between instances: the source publishes blocks, the target pulls them.
+
+    source                                target
+    publish(blocks) -> generations, digest
+         `---- KVHandle, through the gateway ---->  pull(handle, into)   reads bytes, then checks generations and digest
+         <--- pulled notice (serve/rpc.py) -------'
+
+A handle is a promise about bytes, not about memory: the source may break it (its lease ended, it died), and then a pull
+raises `PullError`; bytes that were read under a broken promise are never used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """How one instance lays out KV: block-major, `[block][layer][k|v][head][token][dim]`. Equal layouts copy whole blocks."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    dtype: str  # "bfloat16", "float16", "float32"
+
+    @property
+    def itemsize(self) -> int:
+        return {"bfloat16": 2, "float16": 2, "float32": 4}[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        return self.token_bytes * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class KVSource:
+    """Where an instance's KV can be read, and where its pulled notices go. Sent once per epoch, carried by each handle."""
+
+    instance: str
+    epoch: int
+    layout: KVLayout
+    location: str  # for the transport: which memory (shm: "pid:fd:bytes")
+    notices: str  # ZeroMQ address that takes pulled notices
+
+
+@dataclass(frozen=True, slots=True)
+class KVHandle:
+    """One request's KV, waiting at its source."""
+
+    source: KVSource
+    request: int
+    attempt: int
+    num_tokens: int  # tokens whose KV the blocks hold
+    blocks: tuple[int, ...]
+    generations: tuple[int, ...]  # of each block when the handle was made
+    digest: tuple[int, ...]  # xxh3-64 of each block's bytes
+
+
+class Source(Protocol):
+    """The publishing side of a transport; lives as long as the instance's epoch."""
+
+    location: str
+
+    def publish(self, blocks: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(generations, digest) of `blocks` as they are now. The caller keeps the blocks unchanged until released."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """The pulling side."""
+
+    async def connect(self, source: KVSource) -> None:
+        """Makes first contact before the first request needs it. Raises `PullError("gone")`."""
+        ...
+
+    async def pull(self, handle: KVHandle, into: list[int]) -> int:
+        """Reads every block of `handle` into this instance's blocks `into`; returns the bytes read. Raises `PullError`;
+        the target blocks then hold garbage."""
+        ...
+
+    def disconnect(self, instance: str, epoch: int) -> None:
+        """The source's epoch is over: forget its memory; waiting pulls from it fail."""
+        ...
+
+    def close(self) -> None: ...
