@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from distserve.errors import RequestError
 
 MAX_LOGPROBS = 20  # OpenAI's limit on top_logprobs
@@ -65,8 +67,7 @@ class SamplingParams:
         return self.temperature < 1e-5
 
 
-@dataclass(frozen=True, slots=True)
-class Logprobs:
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities at one position, from the model's raw logits (before penalties and temperature)."""
 
     token: float  # of the token that stands there
@@ -74,9 +75,8 @@ class Logprobs:
     top: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), likeliest first
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token on its way to the client."""
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One generated token on its way to the client. A struct, because it crosses process borders once a step."""
 
     id: int
     finish: FinishReason | None = None  # set on the last token of a request

@@ -1,0 +1,320 @@
+"""Driver 2: connects a scheduler, an executor and a transport to the wall clock and to the gateway.
+
+Knows no policy (that is the scheduler's) and no tensor (the executor's). The loop reads like the protocol: let go of what
+expired, start the pulls that were admitted, run the next batch, tell what happened.
+
+A role is which scheduler runs: `release`/`renew` exist on a prefill scheduler only, `next_pulls`/`pulled` on decode only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from distserve.engine.base import EngineResult, Executor
+from distserve.errors import PullError, RequestError
+from distserve.request import Request
+from distserve.sched.base import Batch, HoldingScheduler, Outcome, PullingScheduler, Scheduler, Sequence, State
+from distserve.serve.messages import (
+    Abort,
+    Audit,
+    Beat,
+    Drain,
+    Drained,
+    Event,
+    Failure,
+    Name,
+    Pulled,
+    Release,
+    Step,
+    Stop,
+    Submit,
+    Timing,
+    ToGateway,
+    ToInstance,
+    Unknown,
+)
+from distserve.serve.pace import Pace
+from distserve.transfer.base import KVHandle, KVSource, Source, Transport
+
+log = logging.getLogger(__name__)
+
+ATTEMPT_BITS = 8  # a sequence's id is the request's id and attempt in one integer: two attempts never collide here
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request as this instance knows it, and when what happened to it."""
+
+    request: Request  # the gateway's; the executor has a copy under the sequence's id
+    sequence: Sequence
+    handle: KVHandle | None
+    added: float
+    started: float = 0.0  # first batch, or start of the pull
+    pull: float = 0.0
+    pull_bytes: int = 0
+    ready: float = 0.0  # decode: end of the pull; else as `started`
+    timed: bool = False  # its Timing has been sent
+
+    @property
+    def name(self) -> Name:
+        return self.request.id, self.request.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How an instance reaches the others. `send` and `notify` never block."""
+
+    source: KVSource
+    publisher: Source
+    transport: Transport | None  # decode only
+    send: Callable[[ToGateway], None]
+    notify: Callable[[str, Pulled], None]  # a pulled notice to an address
+
+
+class InstanceLoop:
+    """One instance's life between `Ready` and `Stop`. `handle` takes messages at any time, also during a step."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, wiring: Wiring, clock: Callable[[], float]) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._wiring = wiring
+        self._clock = clock
+        self._epoch = wiring.source.epoch
+        self._live: dict[int, _Live] = {}
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._draining = False
+        self._pulls: set[asyncio.Task[None]] = set()
+        self._pace = Pace()
+        self._step_started = 0.0
+        self._step_tokens = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._events: list[Event] = []
+        self._pulled: list[Name] = []
+        self._failures: list[Failure] = []
+        self._timings: list[Timing] = []
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until `Stop`. An exception out of here means that the instance is broken and must be restarted."""
+        while not self._stopping:
+            self._wake.clear()
+            now = self._clock()
+            self._forget(self._scheduler.expire(now))
+            self._start_pulls(now)
+            batch = self._scheduler.next_batch(now)
+            if batch is None:
+                self._flush()
+                if self._draining and not self._live:
+                    self._wiring.send(Drained(self._epoch))
+                await self._wake.wait()
+                continue
+            result = await self._execute(batch, now)
+            self._tell(self._scheduler.complete(batch, result, self._clock()), result)
+            self._flush(batch.num_tokens, result.seconds)
+        for task in self._pulls:
+            task.cancel()
+        await asyncio.gather(*self._pulls, return_exceptions=True)
+
+    async def _execute(self, batch: Batch, now: float) -> EngineResult:
+        for sequence, _ in batch.items:
+            live = self._live.get(sequence.id)
+            if live is not None and not live.ready:
+                live.started = live.started or now
+                live.ready = now
+        self._step_started, self._step_tokens = now, batch.num_tokens
+        result = await self._executor.execute(batch)
+        self._pace.record(batch.num_tokens, self._clock() - now)
+        self._step_started = 0.0
+        return result
+
+    def beat(self) -> None:
+        """Tells the gateway that the event loop lives and how the step goes; called by a timer. Leases run on even when
+        there is nothing to compute, so the loop is woken too."""
+        busy = self._clock() - self._step_started if self._step_started else 0.0
+        expected = self._pace.expected(self._step_tokens) if busy else 0.0
+        self._wiring.send(Beat(self._epoch, busy, expected, self._scheduler.load()))
+        self._wake.set()
+
+    # -- what the step changed ----------------------------------------------------------------------------------------
+
+    def _tell(self, outcome: Outcome, result: EngineResult) -> None:
+        held = {sequence.id for sequence in outcome.held}
+        for sequence in outcome.sampled:
+            live = self._live.get(sequence.id)
+            if live is None:
+                continue
+            token = result.tokens[sequence.id]
+            handle = self._publish(live) if sequence.id in held else None
+            self._events.append(Event(*live.name, token, handle))
+            if not live.timed:
+                self._time(live)
+        for failed, text in result.failures.items():
+            self._fail(failed, "engine", text)
+        for sequence in outcome.finished:
+            self._executor.forget(sequence.id)
+            self._live.pop(sequence.id, None)
+        self._forget(outcome)
+
+    def _publish(self, live: _Live) -> KVHandle:
+        sequence = live.sequence
+        generations, digest = self._wiring.publisher.publish(sequence.blocks)
+        return KVHandle(
+            source=self._wiring.source,
+            request=live.request.id,
+            attempt=live.request.attempt,
+            num_tokens=sequence.num_computed,
+            blocks=tuple(sequence.blocks),
+            generations=generations,
+            digest=digest,
+        )
+
+    def _time(self, live: _Live) -> None:
+        live.timed = True
+        computed = self._clock() - live.ready
+        queued = live.started - live.added
+        self._timings.append(Timing(*live.name, queued, live.pull, live.pull_bytes, computed))
+
+    def _forget(self, outcome: Outcome) -> None:
+        for sequence in outcome.dropped:
+            self._executor.forget(sequence.id)
+            self._live.pop(sequence.id, None)
+
+    def _fail(self, key: int, kind: str, text: str, reason: str = "") -> None:
+        """Reports an attempt that ends here without an answer and lets go of all it held."""
+        live = self._live.get(key)
+        if live is not None:
+            self._failures.append(Failure(*live.name, kind, text, reason))
+            self._forget(self._scheduler.abort(key, self._clock()))
+
+    def _flush(self, num_batched_tokens: int = 0, seconds: float = 0.0) -> None:
+        if num_batched_tokens or self._events or self._pulled or self._failures:
+            load = self._scheduler.load()
+            lists = (self._events, self._pulled, self._failures, self._timings)
+            self._wiring.send(Step(self._epoch, *lists, load, num_batched_tokens, seconds))
+            self._clear()
+
+    # -- pulls --------------------------------------------------------------------------------------------------------
+
+    def _start_pulls(self, now: float) -> None:
+        if self._wiring.transport is None:
+            return
+        scheduler: PullingScheduler = self._scheduler  # type: ignore[assignment]  # a transport means the decode role
+        for sequence in scheduler.next_pulls(now):
+            live = self._live[sequence.id]
+            live.started = now
+            task = asyncio.create_task(self._pull(live, scheduler, self._wiring.transport))
+            self._pulls.add(task)
+            task.add_done_callback(self._pulls.discard)
+
+    async def _pull(self, live: _Live, scheduler: PullingScheduler, transport: Transport) -> None:
+        """One request's KV. A transport's failure or a digest that differs is tried once more; what else can happen will
+        not get better."""
+        assert live.handle is not None
+        key = live.sequence.id
+        for trial in (1, 2):
+            try:
+                live.pull_bytes = await transport.pull(live.handle, live.sequence.blocks)
+                break
+            except PullError as error:
+                if trial == 2 or error.reason not in ("transport", "digest"):
+                    if key in self._live:
+                        self._failures.append(Failure(*live.name, "pull", str(error), error.reason))
+                    self._forget(scheduler.pull_failed(key, self._clock()))
+                    self._wake.set()
+                    return
+        now = self._clock()
+        live.pull, live.ready = now - live.started, now
+        source = live.handle.source
+        self._wiring.notify(source.notices, Pulled(source.epoch, live.name))
+        self._forget(scheduler.pulled(key, now))
+        if key in self._live:
+            self._pulled.append(live.name)
+        self._wake.set()
+
+    # -- messages -----------------------------------------------------------------------------------------------------
+
+    def handle(self, message: ToInstance) -> None:
+        if message.epoch != self._epoch:
+            log.debug("ignored a message to epoch %d, this is %d", message.epoch, self._epoch)
+            return
+        match message:
+            case Submit(request=request, handle=handle):
+                self._submit(request, handle)
+            case Abort(names=names):
+                for name in names:
+                    self._drop(_key(name))
+            case Release(names=names):
+                for name in names:
+                    self._release(_key(name))
+            case Pulled(name=name):
+                self._release(_key(name))
+            case Audit(names=names):
+                self._audit({_key(name): name for name in names})
+            case Drain():
+                self._draining = True
+            case Stop():
+                self._stopping = True
+        self._wake.set()
+
+    def _submit(self, request: Request, handle: KVHandle | None) -> None:
+        name = (request.id, request.attempt)
+        key = _key(name)
+        if key in self._live:
+            return  # said twice
+        for older in range(1, request.attempt):
+            self._drop(_key((request.id, older)))
+        if self._draining:
+            self._failures.append(Failure(*name, "draining", "the instance takes no new work"))
+            return
+        sequence = Sequence(
+            id=key,
+            num_tokens=request.num_tokens,
+            attempt=request.attempt,
+            num_kv_tokens=handle.num_tokens if handle is not None else 0,
+        )
+        now = self._clock()
+        try:
+            self._executor.add(replace(request, id=key))
+            self._scheduler.add(sequence, now)
+        except RequestError as error:
+            self._executor.forget(key)
+            self._failures.append(Failure(*name, "request", str(error), error.param or ""))
+            return
+        self._live[key] = _Live(request, sequence, handle, now)
+
+    def _drop(self, key: int) -> None:
+        """Abort. What a batch in flight is writing to is freed when that batch completes."""
+        if key in self._live:
+            self._forget(self._scheduler.abort(key, self._clock()))
+
+    def _release(self, key: int) -> None:
+        live = self._live.get(key)
+        if live is not None and live.sequence.state is State.HELD:
+            scheduler: HoldingScheduler = self._scheduler  # type: ignore[assignment]  # only prefill holds
+            self._forget(scheduler.release(key, self._clock()))
+
+    def _audit(self, believed: dict[int, Name]) -> None:
+        now = self._clock()
+        for key in self._live.keys() - believed.keys():
+            self._drop(key)
+        for key in believed.keys() & self._live.keys():
+            if self._live[key].sequence.state is State.HELD:
+                scheduler: HoldingScheduler = self._scheduler  # type: ignore[assignment]  # only prefill holds
+                scheduler.renew(key, now)
+        unknown = [name for key, name in believed.items() if key not in self._live]
+        if unknown:
+            self._flush()  # an answer that is on its way must arrive before the news that nothing is known of it
+            self._wiring.send(Unknown(self._epoch, unknown))
+
+
+def _key(name: Name) -> int:
+    return name[0] << ATTEMPT_BITS | name[1]
+
+

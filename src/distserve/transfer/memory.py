@@ -1,0 +1,54 @@
+"""Memory that another process of this host can map: anonymous, so that nothing is left behind however its owner dies.
+
+On Linux it is a memfd, reached by others as /proc/PID/fd/FD: it has no name to clean up, and the small /dev/shm of
+containers does not limit it. Elsewhere it is a temporary file that is removed on close.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+
+from distserve.errors import PullError
+
+
+class SharedMemory:
+    """`size` bytes of zeros, shared. `path` is how another process of the same user and host opens them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        if hasattr(os, "memfd_create"):
+            self._fd = os.memfd_create("distserve-kv", os.MFD_CLOEXEC)
+            self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+            self._file = None
+        else:
+            self._fd, self._file = tempfile.mkstemp(prefix="distserve-kv-")
+            self.path = self._file
+        os.ftruncate(self._fd, max(size, 1))
+        self._map = mmap.mmap(self._fd, max(size, 1))
+        self.buffer = memoryview(self._map)[:size]
+
+    def close(self) -> None:
+        """Gives the memory back. Views that others still hold (tensors over it) keep the mapping alive until they go."""
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        if self._file is not None:
+            os.unlink(self._file)
+
+
+def attach(path: str, size: int) -> memoryview:
+    """Maps another process's shared memory for reading, with its page table filled so that the first pull is not slowed
+    by a fault a page. Raises `PullError("gone")` where the owner is no more."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise PullError(f"the KV memory {path} is gone: {error.strerror}", "gone") from None
+    try:
+        if os.fstat(fd).st_size < size:
+            raise PullError(f"the KV memory {path} is {os.fstat(fd).st_size} bytes, {size} were promised", "stale")
+        return memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
+    finally:
+        os.close(fd)

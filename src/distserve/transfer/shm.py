@@ -1,0 +1,125 @@
+"""Pulls between instances of one host: the target maps the source's KV memory and copies the blocks it needs.
+
+The generations of the source's blocks lie in shared memory too, and its scheduler moves them as it frees blocks. A pull
+copies, then compares: whatever was freed while it was being read shows another generation, whatever was damaged another
+digest. It knows no scheduler and no message: who may free what, and when, is `sched/` and `serve/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from distserve.errors import PullError
+from distserve.specs import KVLayout
+from distserve.transfer.base import KVHandle, KVSource
+from distserve.transfer.memory import SharedMemory, attach
+
+Bytes = NDArray[np.uint8]
+Stage = Callable[[Sequence[int]], None]  # moves blocks between the device and its host copy; nothing to do on a CPU
+
+
+def _digest(block: Bytes) -> int:
+    return xxhash.xxh3_64_intdigest(block.data)
+
+
+class ShmSource:
+    """The publishing side. `generations` is the shared array that the scheduler's block pool counts in."""
+
+    def __init__(self, memory: SharedMemory, num_blocks: int, layout: KVLayout, stage: Stage | None = None) -> None:
+        self._memory = memory
+        self._stage = stage
+        self._counts = SharedMemory(8 * num_blocks)
+        self.generations = self._counts.buffer.cast("Q")
+        self._blocks = _as_blocks(memory.buffer, num_blocks, layout)
+        self.location = ";".join((memory.path, str(num_blocks), self._counts.path))
+
+    def publish(self, blocks: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if self._stage is not None:
+            self._stage(blocks)
+        return tuple(self.generations[b] for b in blocks), tuple(_digest(self._blocks[b]) for b in blocks)
+
+    def close(self) -> None:
+        self._counts.close()
+        self._memory.close()
+
+
+class _Attached:
+    """One source's memory as this process sees it."""
+
+    def __init__(self, source: KVSource) -> None:
+        path, num_blocks, counts = source.location.split(";")
+        size = int(num_blocks) * source.layout.block_bytes
+        self.blocks = _as_blocks(attach(path, size), int(num_blocks), source.layout)
+        self.generations = attach(counts, 8 * int(num_blocks)).cast("Q")
+
+
+class ShmTransport:
+    """The pulling side. One thread copies, so that a pull disturbs the running decodes as little as it can.
+
+    `layout` and `memory` are this instance's own; `stage` (CUDA) moves pulled blocks from host memory to the device.
+    """
+
+    def __init__(self, memory: SharedMemory, num_blocks: int, layout: KVLayout, stage: Stage | None = None) -> None:
+        self._own = _as_blocks(memory.buffer, num_blocks, layout)
+        self._layout = layout
+        self._stage = stage
+        self._attached: dict[tuple[str, int], _Attached] = {}
+        self._over: set[tuple[str, int]] = set()
+        self._thread = ThreadPoolExecutor(1, "pull")
+
+    async def connect(self, source: KVSource) -> None:
+        key = (source.instance, source.epoch)
+        if key in self._over:
+            raise PullError(f"epoch {source.epoch} of {source.instance} is over", "gone")
+        if key in self._attached:
+            return
+        if source.layout != self._layout:
+            raise PullError(f"{source.instance} lays out KV as {source.layout}, this instance as {self._layout}", "transport")
+        self._attached[key] = await asyncio.get_running_loop().run_in_executor(self._thread, _Attached, source)
+
+    async def pull(self, handle: KVHandle, into: list[int]) -> int:
+        key = (handle.source.instance, handle.source.epoch)
+        await self.connect(handle.source)
+        if len(into) < len(handle.blocks):
+            raise PullError(f"{len(handle.blocks)} blocks to read, room for {len(into)}", "transport")
+        attached = self._attached[key]
+        targets = into[: len(handle.blocks)]
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._read, attached, handle, targets)
+        if key in self._over:
+            raise PullError(f"{handle.source.instance} died during the pull", "gone")
+        return len(targets) * self._layout.block_bytes
+
+    def _read(self, attached: _Attached, handle: KVHandle, into: list[int]) -> None:
+        """Copies block by block and hashes each copy while it is still in the cache."""
+        damaged = False
+        for source, target, digest in zip(handle.blocks, into, handle.digest, strict=True):
+            block = self._own[target]
+            np.copyto(block, attached.blocks[source])
+            damaged |= _digest(block) != digest
+        # Generations first: a block that was reused under the reader has another digest, too, but is not damage.
+        if any(attached.generations[b] != g for b, g in zip(handle.blocks, handle.generations, strict=True)):
+            raise PullError(f"{handle.source.instance} reused the blocks of request {handle.request}", "generation")
+        if damaged:
+            raise PullError(f"the KV of request {handle.request} is not what {handle.source.instance} computed", "digest")
+        if self._stage is not None:
+            self._stage(into)
+
+    def disconnect(self, instance: str, epoch: int) -> None:
+        self._over.add((instance, epoch))
+        self._attached.pop((instance, epoch), None)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+        self._attached.clear()
+
+
+def _as_blocks(buffer: memoryview, num_blocks: int, layout: KVLayout) -> Bytes:
+    """[num_blocks, block_bytes] over `buffer`."""
+    size = num_blocks * layout.block_bytes
+    return np.frombuffer(buffer, np.uint8, count=size).reshape(num_blocks, layout.block_bytes)
