@@ -14,33 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class KVLayout:
-    """How one instance lays out KV: block-major, `[block][layer][k|v][head][token][dim]`. Equal layouts copy whole blocks."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int  # tokens
-    dtype: str  # "bfloat16", "float16", "float32"
-
-    @property
-    def itemsize(self) -> int:
-        return {"bfloat16": 2, "float16": 2, "float32": 4}[self.dtype]
-
-    @property
-    def token_bytes(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.itemsize
-
-    @property
-    def block_bytes(self) -> int:
-        return self.token_bytes * self.block_size
+from distserve.specs import KVLayout
 
 
 @dataclass(frozen=True, slots=True)
 class KVSource:
-    """Where an instance's KV can be read, and where its pulled notices go. Sent once per epoch, carried by each handle."""
+    """Where an instance's KV can be read, and where its pulled notices go. Sent once per epoch, carried by handles."""
 
     instance: str
     epoch: int

@@ -1,0 +1,227 @@
+"""The shape of a model and of its KV, in numbers that need no checkpoint: what the engine builds, the planner weighs and
+a transport moves. Knows no tensor and no file; it is read out of a configuration that somebody else has loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distserve.errors import ModelError
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+# `model_type` of a Hugging Face configuration -> the module of `engine/models/` that computes it.
+FAMILIES = {"llama": "llama", "mistral": "llama"}
+
+Config = Mapping[str, Any]  # a parsed config.json, or a GGUF file's metadata
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """How one instance lays out KV: block-major, `[block][layer][k|v][head][token][dim]`.
+    Equal layouts copy whole blocks."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    dtype: str  # "bfloat16", "float16", "float32"
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        return self.token_bytes * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder-only transformer. Counts are of the whole model, whatever a rank holds of it."""
+
+    family: str  # a value of FAMILIES
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    ffn_size: int
+    vocab_size: int
+    max_model_len: int  # tokens of context the checkpoint was made for
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None  # Hugging Face's words: rope_type, factor, ...
+    sliding_window: int | None = None  # a token attends to this many last ones, itself included
+    tied_embeddings: bool = False  # the output head is the embedding
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dtype: str = "bfloat16"  # the checkpoint's own
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "ffn_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ModelError(
+                    f"the checkpoint's configuration says {name} = {getattr(self, name)}; at least 1 is needed"
+                )
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"the checkpoint's configuration says {self.num_heads} attention heads over {self.num_kv_heads} KV "
+                "heads; the first must be a multiple of the second"
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.hidden_size * (2 * q + 2 * kv) + (q + 2 * kv + self.hidden_size if self.attention_bias else 0)
+        mlp = 3 * self.hidden_size * self.ffn_size + (2 * self.ffn_size + self.hidden_size if self.mlp_bias else 0)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return embeddings + self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
+
+    def weight_bytes(self, dtype: str) -> int:
+        return self.num_parameters * DTYPE_BYTES[dtype]
+
+    def kv_layout(self, block_size: int, dtype: str) -> KVLayout:
+        return KVLayout(self.num_layers, self.num_kv_heads, self.head_dim, block_size, dtype)
+
+    @classmethod
+    def from_config(cls, config: Config, generation: Config | None = None) -> ModelSpec:
+        """From a Hugging Face config.json; `generation`, its generation_config.json, knows more end-of-sequence tokens.
+        Raises `ModelError` where a family or a feature is not supported, or a number is missing."""
+        family = _family(config)
+        heads, hidden = _number(config, "num_attention_heads"), _number(config, "hidden_size")
+        rope, theta = _rope(config)
+        _refuse(config)
+        return cls(
+            family=family,
+            num_layers=_number(config, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            hidden_size=hidden,
+            ffn_size=_number(config, "intermediate_size"),
+            vocab_size=_number(config, "vocab_size"),
+            max_model_len=_context(int(config.get("max_position_embeddings") or 2048), rope),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=rope,
+            sliding_window=config.get("sliding_window", 4096) if config["model_type"] == "mistral" else None,
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+            eos_token_ids=_ids(config.get("eos_token_id"), (generation or {}).get("eos_token_id")),
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Config, shapes: Mapping[str, Sequence[int]]) -> ModelSpec:
+        """From a GGUF file's metadata and the shapes of its tensors (row-major, as PyTorch writes them). Raises
+        `ModelError`. The dtype is bfloat16: quantized weights are computed in it."""
+        family = metadata.get("general.architecture")
+        if family != "llama":
+            raise ModelError(f"this GGUF file is of architecture {family!r}; supported in GGUF: 'llama'")
+
+        def number(key: str) -> int:
+            return _number(metadata, f"llama.{key}")
+
+        heads, hidden = number("attention.head_count"), number("embedding_length")
+        head_dim = int(metadata.get("llama.attention.key_length") or hidden // heads)
+        rotated = int(metadata.get("llama.rope.dimension_count") or head_dim)
+        if rotated != head_dim:
+            raise ModelError(f"this GGUF file rotates {rotated} of {head_dim} dimensions a head; supported: all")
+        if "token_embd.weight" not in shapes:
+            raise ModelError("this GGUF file has no tensor token_embd.weight; it is truncated, fetch it again")
+        rope = _gguf_rope(metadata)
+        return cls(
+            family=family,
+            num_layers=number("block_count"),
+            num_heads=heads,
+            num_kv_heads=int(metadata.get("llama.attention.head_count_kv") or heads),
+            head_dim=head_dim,
+            hidden_size=hidden,
+            ffn_size=number("feed_forward_length"),
+            vocab_size=int(shapes["token_embd.weight"][0]),
+            max_model_len=number("context_length"),
+            norm_eps=float(metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-6)),
+            rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
+            rope_scaling=rope,
+            sliding_window=metadata.get("llama.attention.sliding_window"),
+            tied_embeddings="output.weight" not in shapes,
+            attention_bias="blk.0.attn_q.bias" in shapes,
+            eos_token_ids=_ids(
+                metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")
+            ),
+        )
+
+
+def _family(config: Config) -> str:
+    model_type = config.get("model_type")
+    supported = ", ".join(sorted(FAMILIES))
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f"the checkpoint is of model type {model_type!r}, which is not among the supported: {supported}"
+        )
+    architectures = config.get("architectures") or []
+    if architectures and not any(a.endswith("ForCausalLM") for a in architectures):
+        raise ModelError(f"the checkpoint is a {architectures[0]}, which does not generate text; name a ...ForCausalLM")
+    return FAMILIES[model_type]
+
+
+def _refuse(config: Config) -> None:
+    """What would load and answer wrongly."""
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"the checkpoint is quantized ({method}), which is not supported; take the original or a GGUF file"
+        )
+    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ModelError(f"the checkpoint's activation is {act!r}; supported for its family: 'silu'")
+
+
+def _number(config: Config, key: str) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ModelError(f"the checkpoint's configuration has no number {key!r} (found {value!r}); is it complete?")
+    return value
+
+
+def _rope(config: Config) -> tuple[dict[str, Any] | None, float]:
+    """(scaling, theta), from transformers 5's `rope_parameters` or the older pair of keys."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    return (None if kind == "default" else {"rope_type": kind, **rope}), theta
+
+
+def _gguf_rope(metadata: Config) -> dict[str, Any] | None:
+    kind = metadata.get("llama.rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    rope: dict[str, Any] = {"rope_type": kind, "factor": float(metadata.get("llama.rope.scaling.factor", 1.0))}
+    original = metadata.get("llama.rope.scaling.original_context_length")
+    if original:
+        rope["original_max_position_embeddings"] = int(original)
+    return rope
+
+
+def _context(max_positions: int, rope: Config | None) -> int:
+    """Tokens of context. Linear, dynamic and YaRN scaling say what they start from and by how much they stretch it."""
+    if rope is None or rope["rope_type"] not in ("linear", "dynamic", "yarn"):
+        return max_positions
+    return int(rope.get("original_max_position_embeddings", max_positions) * float(rope.get("factor", 1.0)))
+
+
+def _ids(*values: Any) -> tuple[int, ...]:
+    """The distinct token ids in `values`, each None, a number or a list of numbers."""
+    ids: list[int] = []
+    for value in values:
+        ids += [] if value is None else value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(ids))
