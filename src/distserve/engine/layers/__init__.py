@@ -1,0 +1,22 @@
+"""What models are made of, each with one plain torch form and, where it pays, a CPU kernel. Imports no model."""
+
+from distserve.engine.layers.activation import silu_mul
+from distserve.engine.layers.attention import StepLayout, attention, rope_attention
+from distserve.engine.layers.linear import Embedding, GatedLinear, Head, Linear, MergedLinear
+from distserve.engine.layers.norm import add_rms_norm, rms_norm
+from distserve.engine.layers.rope import Rotary
+
+__all__ = [
+    "Embedding",
+    "GatedLinear",
+    "Head",
+    "Linear",
+    "MergedLinear",
+    "Rotary",
+    "StepLayout",
+    "add_rms_norm",
+    "attention",
+    "rms_norm",
+    "rope_attention",
+    "silu_mul",
+]
