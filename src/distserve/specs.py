@@ -1,5 +1,5 @@
-"""The shape of a model and of its KV, in numbers that need no checkpoint: what the engine builds, the planner weighs and
-a transport moves. Knows no tensor and no file; it is read out of a configuration that somebody else has loaded.
+"""The shape of a model and of its KV, in numbers that need no checkpoint: what the engine builds, the planner weighs
+and a transport moves. Knows no tensor and no file; it is read out of a configuration that somebody else has loaded.
 """
 
 from __future__ import annotations
