@@ -1,0 +1,372 @@
+"""A plan: which instances serve a model, with which role, how large, on which devices. One file that a human can diff.
+
+    Plan  --replicas()-->  Replica ("prefill-0", "decode-0", ...)  --place()-->  device indexes of every rank
+
+Knows no model, no memory size and no process: whether a plan fits a checkpoint is the launcher's question.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distserve.errors import PlanError, UsageError
+
+
+class Role(StrEnum):
+    """Which scheduler an instance runs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"  # both phases
+
+
+class Policy(StrEnum):
+    """How a colocated instance mixes the phases."""
+
+    CHUNKED = "chunked"  # decode steps carry pieces of prompts, `chunk_tokens` a step at most
+    PREFILL_FIRST = "prefill-first"  # whole prompts before any decode step, as in early vLLM
+
+
+_DEVICE = re.compile(r"(?:(?P<node>[A-Za-z][\w.-]*):)?(?P<index>\d+)")
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B|B|%)?", re.IGNORECASE)
+_UNITS = {"b": 1} | {f"{u}ib": 1 << 10 * i for i, u in enumerate("kmgt", 1)}
+_UNITS |= {f"{u}b": 1000**i for i, u in enumerate("kmgt", 1)}
+_Word = TypeVar("_Word", Role, Policy)
+
+
+def parse_memory(value: str | int | float) -> int | float:
+    """Bytes (an int) or a share of the device's memory (a float up to 1).
+
+    `0.2` and `20%` are shares; `2GiB`, `500MB` and whole numbers above 1 are bytes. Raises `UsageError`.
+    """
+    cure = "give a share of the device's memory such as 0.2 or 20%, or a size such as 2GiB"
+    found = _SIZE.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
+    if found is None:
+        raise UsageError(f"{value!r} is not an amount of memory: {cure}")
+    number, unit = float(found["number"]), (found["unit"] or "").lower()
+    if unit == "%":
+        number, unit = number / 100, ""
+    elif unit or number > 1:
+        size = number * _UNITS.get(unit, 1)
+        if size < 1 or (not unit and not number.is_integer()):
+            raise UsageError(f"{value!r} is neither a share up to 1 nor whole bytes: {cure}")
+        return int(size)
+    if not 0 < number <= 1:
+        raise UsageError(f"{value!r} is no share of the memory between 0 and 1: {cure}")
+    return number
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """`count` equal instances of one role."""
+
+    role: Role
+    tp: int = 1  # tensor parallelism: devices that share each layer
+    pp: int = 1  # pipeline parallelism: stages of layers
+    count: int = 1  # replicas
+    policy: Policy | None = None  # colocated only; None: chunked
+    chunk_tokens: int | None = None  # colocated, chunked: tokens a step at most; None: measured at start
+    max_batch_tokens: int | None = None  # prefill's knee Lm, tokens a batch; None: the server's setting
+    kv_memory: int | float | None = None  # bytes, or a share of the device's memory; None: the server's setting
+    devices: tuple[tuple[str, ...], ...] = ()  # one list per replica, ranks in (pp, tp) order; (): chosen at start
+
+    def __post_init__(self) -> None:
+        self._coerce()
+        for name in ("tp", "pp", "count", "chunk_tokens", "max_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise PlanError(f"{name} = {value!r}: must be a whole number of at least 1")
+        if self.role is not Role.COLOCATED and (self.policy or self.chunk_tokens):
+            key = "policy" if self.policy else "chunk_tokens"
+            raise PlanError(f'{key} belongs to role = "colocated", not to "{self.role}": remove it')
+        if self.policy is Policy.PREFILL_FIRST and self.chunk_tokens:
+            raise PlanError('chunk_tokens has no meaning with policy = "prefill-first" (whole prompts): remove one')
+        if self.devices:
+            self._check_devices()
+
+    def _coerce(self) -> None:
+        """Accepts what TOML can hold (strings, lists, bare device numbers) and stores it in this class's types."""
+        put = object.__setattr__
+        put(self, "role", _word(Role, "role", self.role))
+        if self.policy is not None:
+            put(self, "policy", _word(Policy, "policy", self.policy))
+        if self.kv_memory is not None:
+            try:
+                put(self, "kv_memory", parse_memory(self.kv_memory))
+            except UsageError as error:
+                raise PlanError(f"kv_memory: {error}") from None
+        put(self, "devices", tuple(_device_names(replica) for replica in _list("devices", self.devices)))
+
+    def _check_devices(self) -> None:
+        if len(self.devices) != self.count:
+            raise PlanError(
+                f"devices names {len(self.devices)} replicas but count = {self.count}: give one list per replica"
+            )
+        for replica in self.devices:
+            if len(replica) != self.num_ranks:
+                raise PlanError(
+                    f"devices = {list(replica)}: a replica with tp = {self.tp} and pp = {self.pp} has {self.num_ranks} "
+                    f"ranks, so name {self.num_ranks}"
+                )
+
+    @property
+    def num_ranks(self) -> int:
+        """Devices of one replica."""
+        return self.tp * self.pp
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One instance to start: a spec's settings under a name of its own."""
+
+    name: str  # "prefill-0"; counted through all specs of the role
+    spec: InstanceSpec
+    devices: tuple[str, ...] = ()  # of its ranks; (): chosen at start
+
+    @property
+    def role(self) -> Role:
+        return self.spec.role
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The instances that serve one model."""
+
+    instances: tuple[InstanceSpec, ...]
+    model: str | None = None  # folder, .gguf, hub id or alias; None: named on the command line
+    device: str | None = None  # "cpu", "cuda" or a name of the device catalogue; None: what the machine has
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "instances", tuple(self.instances))
+        for key in ("model", "device"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise PlanError(f"{key} = {value!r}: must be a non-empty string, or left out")
+        roles = {spec.role for spec in self.instances}
+        if not roles:
+            raise PlanError(
+                'the plan has no instances: add [[instances]] with role = "prefill", "decode" or "colocated"'
+            )
+        for has, lacks in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
+            if has in roles and lacks not in roles:
+                raise PlanError(
+                    f'the plan has {has} but no {lacks} instances: add [[instances]] with role = "{lacks}", '
+                    f'or make them role = "colocated"'
+                )
+        named = [device for spec in self.instances for replica in spec.devices for device in replica]
+        twice = sorted({device for device in named if named.count(device) > 1})
+        if twice:
+            raise PlanError(f"devices names {', '.join(twice)} more than once: a device holds one rank")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices when each rank has its own."""
+        return sum(spec.num_ranks * spec.count for spec in self.instances)
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """Every instance, named by role and number, in the plan's order."""
+        counts = dict.fromkeys(Role, 0)
+        found = []
+        for spec in self.instances:
+            for i in range(spec.count):
+                name = f"{spec.role}-{counts[spec.role]}"
+                counts[spec.role] += 1
+                found.append(Replica(name, spec, spec.devices[i] if spec.devices else ()))
+        return tuple(found)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads a plan file. Raises `PlanError` naming the file, the value and the cure."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise PlanError(f"the plan {path} is not a text file (UTF-8)") from None
+        return cls.from_toml(text, str(path))
+
+    @classmethod
+    def from_toml(cls, text: str, source: str = "plan") -> Plan:
+        """Parses the format of docs/reference/plan.md; `source` opens each error."""
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise PlanError(f"{source}: not TOML: {error}") from None
+        try:
+            _known_keys(table, [field.name for field in fields(cls)])
+            entries = table.pop("instances", [])
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise PlanError("instances must be an array of tables: write [[instances]] above each")
+            return cls(tuple(_spec(entry, i) for i, entry in enumerate(entries, 1)), **table)
+        except PlanError as error:
+            raise PlanError(f"{source}: {error}") from None
+
+    def to_toml(self) -> str:
+        """The plan as a file; what stands at its default is left out. `from_toml` gives an equal plan back."""
+        lines = [f"{key} = {_toml(value)}" for key in ("model", "device") if (value := getattr(self, key)) is not None]
+        for spec in self.instances:
+            lines += ["", "[[instances]]"] if lines else ["[[instances]]"]
+            always = ("role", "tp", "pp", "count")
+            for field in fields(spec):
+                value = getattr(spec, field.name)
+                if field.name in always or value != field.default:
+                    lines.append(f"{field.name} = {_toml(value)}")
+        return "\n".join(lines) + "\n"
+
+
+def _spec(entry: Mapping[str, Any], number: int) -> InstanceSpec:
+    where = f"instances[{number}]"
+    try:
+        _known_keys(entry, [field.name for field in fields(InstanceSpec)])
+        if "role" not in entry:
+            raise PlanError('role is missing: one of "prefill", "decode", "colocated"')
+        return InstanceSpec(**entry)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+
+
+def _known_keys(table: Mapping[str, Any], known: list[str]) -> None:
+    for key in table:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            raise PlanError(
+                f"unknown key {key!r}: " + (f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)}")
+            )
+
+
+def _word(kind: type[_Word], key: str, value: Any) -> _Word:
+    try:
+        return kind(value)
+    except ValueError:
+        known = [str(member) for member in kind]
+        close = difflib.get_close_matches(str(value), known, 1)
+        cure = f'did you mean "{close[0]}"?' if close else "one of " + ", ".join(f'"{word}"' for word in known)
+        raise PlanError(f"{key} = {json.dumps(value, default=str)} is unknown: {cure}") from None
+
+
+def _list(what: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise PlanError(
+            f'{what} has {value!r} for a list: write one list per replica, such as [["node0:0", "node0:1"]]'
+        )
+    return value
+
+
+def _device_names(replica: Any) -> tuple[str, ...]:
+    """Device names in one spelling, "node0:3"; a bare number is a device of node0."""
+    names = []
+    for device in _list("devices", replica):
+        found = _DEVICE.fullmatch(str(device)) if not isinstance(device, bool) else None
+        if found is None:
+            raise PlanError(f'devices names {device!r}: write the node and the number of the device, such as "node0:1"')
+        names.append(f"{found['node'] or 'node0'}:{int(found['index'])}")
+    return tuple(names)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    # JSON strings and numbers are TOML ones; beyond that TOML wants \u escapes of DEL, which JSON leaves bare
+    return json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f")
+
+
+def default_plan(model: str | None = None, device: str | None = None) -> Plan:
+    """One prefill and one decode instance.
+
+    So also on a machine with a single device, which the two then share: the path is the same, only slower, and
+    `place` says so.
+    """
+    return Plan((InstanceSpec(Role.PREFILL), InstanceSpec(Role.DECODE)), model, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each rank of each instance runs on one machine."""
+
+    ranks: Mapping[str, tuple[tuple[int, ...], ...]]  # by replica name: for each rank the device numbers it may use
+    warnings: tuple[str, ...] = ()  # what the person should know (devices shared), a sentence each
+
+
+def place(plan: Plan, devices: Iterable[int], *, share: bool, spread: bool = False, node: str = "node0") -> Placement:
+    """Gives every rank its device(s) among this machine's `devices` (CPU cores or GPU numbers).
+
+    A named device is taken as it is; the other ranks get what is left, in order. `spread` (CPU) hands all of the
+    left devices out, several to a rank. `share` lets instances use one device together when there are too few (ranks
+    of one instance never do); without it that is a `PlanError`.
+    """
+    have = sorted(devices)
+    replicas = plan.replicas()
+    taken = {index for replica in replicas for index in _named(replica, have, node)}
+    free = [index for index in have if index not in taken]
+    wanted = [replica for replica in replicas if not replica.devices]
+    needed = sum(replica.spec.num_ranks for replica in wanted)
+    largest = max(wanted, key=lambda replica: replica.spec.num_ranks, default=None)
+    pool = free or have  # every device is named: the others can only share
+    if largest is not None and (largest.spec.num_ranks > len(pool) or (needed > len(free) and not share)):
+        need = max(needed, largest.spec.num_ranks) if not share else largest.spec.num_ranks
+        who = largest.name if share else "the plan"
+        raise PlanError(
+            f"{who} needs {need} devices but this machine has {len(pool)} for it: lower tp, pp or count, "
+            "or serve on a machine with more"
+        )
+    each = max(1, len(free) // needed) if spread and needed else 1
+    extra = len(free) - each * needed if spread and 0 < needed <= len(free) else 0
+    ranks: dict[str, tuple[tuple[int, ...], ...]] = {}
+    next_free = 0
+    for replica in replicas:
+        if replica.devices:
+            ranks[replica.name] = tuple((index,) for index in _named(replica, have, node))
+            continue
+        mine = []
+        for _ in range(replica.spec.num_ranks):
+            size = each + (extra > 0)
+            extra -= extra > 0
+            mine.append(tuple(pool[(next_free + i) % len(pool)] for i in range(size)))
+            next_free += size
+        ranks[replica.name] = tuple(mine)
+    return Placement(ranks, _shared(ranks))
+
+
+def _named(replica: Replica, have: Sequence[int], node: str) -> list[int]:
+    found = []
+    for device in replica.devices:
+        where, _, index = device.rpartition(":")
+        if where != node:
+            raise PlanError(
+                f"{replica.name} is to run on {device}, but this machine is {node}: serve one node's devices"
+            )
+        if int(index) not in have:
+            raise PlanError(f"{replica.name} is to run on {device}, but this machine has devices {_ranges(have)}")
+        found.append(int(index))
+    return found
+
+
+def _shared(ranks: Mapping[str, tuple[tuple[int, ...], ...]]) -> tuple[str, ...]:
+    users: dict[int, list[str]] = {}
+    for name, of_ranks in ranks.items():
+        for index in {index for rank in of_ranks for index in rank}:
+            users.setdefault(index, []).append(name)
+    return tuple(
+        f"{' and '.join(names)} share device {index}: each is slowed by the other's work"
+        for index, names in sorted(users.items())
+        if len(names) > 1
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3, 6` for [0, 1, 2, 3, 6]."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
