@@ -44,6 +44,7 @@ class Sequence:
     state: State = State.QUEUED
     scheduled: int = 0  # tokens of it in a batch that has not completed (0: it may be scheduled)
     arrival: float = 0.0  # when it was added here
+    place: int = 0  # its place in the order of arrival here, given by `add`; a preempted sequence keeps it
     lease: float = 0.0  # HELD: until when its blocks are kept without word from the puller
 
 
@@ -73,11 +74,17 @@ class StepResult(Protocol):
 
 @dataclass(slots=True)
 class Outcome:
-    """What a scheduler's answer to an event means for the world. Blocks are already freed when it is returned."""
+    """What a scheduler's answer to an event means for the world. Blocks are already freed when it is returned.
+
+    Every sequence that was added is, once, in `finished` or in `dropped`; from then on its id may be added again. Where
+    an abort has to wait for the device or the transport, it is `dropped` by the call that ends the wait.
+    """
 
     sampled: list[Sequence] = field(default_factory=list)  # got a token in this step (in batch order)
     held: list[Sequence] = field(default_factory=list)  # of those: prefilled, KV now held for a puller
-    finished: list[Sequence] = field(default_factory=list)  # of those: that token was their last
+    # Of the sampled: that token was their last. The world said so, or the KV memory of the whole instance cannot hold
+    # one token more (the world then ends it as "length").
+    finished: list[Sequence] = field(default_factory=list)
     dropped: list[Sequence] = field(default_factory=list)  # aborted, released or lease over: forget them
 
 
@@ -86,8 +93,8 @@ class Load:
     """What a router needs to know about an instance. Counts at one moment."""
 
     num_queued: int = 0  # sequences waiting for a first batch, a pull or a recomputation
-    num_queued_tokens: int = 0  # tokens those must still have computed (prefill) or pulled (decode)
-    num_running: int = 0
+    num_queued_tokens: int = 0  # tokens still to be computed or pulled, except the one token of a decode step
+    num_running: int = 0  # in a batch, between two, or being pulled
     num_held: int = 0
     num_free_blocks: int = 0
     num_blocks: int = 0
@@ -97,8 +104,13 @@ class Load:
 class Scheduler(Protocol):
     """Decides, never waits. Every method returns at once; `now` is in seconds and never goes back."""
 
+    def __contains__(self, sequence_id: int) -> bool:
+        """Whether a sequence of this id is still here: from `add` until it was in `finished` or `dropped`."""
+        ...
+
     def add(self, sequence: Sequence, now: float) -> None:
-        """Takes ownership. Raises `RequestError` where the sequence could never fit the KV memory."""
+        """Takes ownership; the id must not be here (see `__contains__`). Raises `RequestError` where the sequence could
+        never fit the KV memory."""
         ...
 
     def next_batch(self, now: float) -> Batch | None:
@@ -126,7 +138,8 @@ class HoldingScheduler(Scheduler, Protocol):
     """Prefill's additions: blocks are held until every puller is done."""
 
     def release(self, sequence_id: int, now: float) -> Outcome:
-        """The pull is over (or the gateway no longer wants it): frees the held blocks. Idempotent."""
+        """The pull is over (or the gateway no longer wants it): frees the held blocks. Idempotent; changes nothing
+        where they are not held (yet): `abort` is for that."""
         ...
 
     def renew(self, sequence_id: int, now: float) -> bool:
@@ -139,7 +152,8 @@ class PullingScheduler(Scheduler, Protocol):
 
     def next_pulls(self, now: float) -> list[Sequence]:
         """Admits waiting hand-offs for which there are blocks, first come first served; they become PULLING and own
-        the target blocks (`blocks`, enough for `num_kv_tokens` tokens)."""
+        the target blocks (`blocks`, just enough for `num_kv_tokens` tokens). Ask after every event, before
+        `next_batch`."""
         ...
 
     def pulled(self, sequence_id: int, now: float) -> Outcome:

@@ -1,0 +1,246 @@
+"""Continuous batching: what decode and colocated schedulers share. Knows neither pulls nor where prompts come from.
+
+    QUEUED ----admitted when blocks are free----> RUNNING --complete--> FINISHED
+    PREEMPTED --admitted, computed again--------> RUNNING
+    RUNNING --an older sequence needs its blocks--> PREEMPTED
+    any --abort--> ABORTED  (in a batch in flight: blocks are freed by `complete`)
+
+Three rules keep it free of starvation and livelock:
+
+1. First come, first served, by `Sequence.place`: nothing is admitted while something older waits for blocks, and a
+   preempted sequence keeps its place.
+2. Only an older sequence takes blocks from a younger one. So the oldest always moves on, and each in its turn is the
+   oldest.
+3. A sequence that lacks a block and finds nobody younger waits with its blocks instead of giving them up: the next
+   block to come free is its own, and its KV need not be computed again. While it waits nobody is admitted.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from heapq import heappop, heappush
+
+from distserve.sched.base import Batch, Load, Outcome, Sequence, State, StepResult
+from distserve.sched.blocks import BlockPool
+
+
+def _place(sequence: Sequence) -> int:
+    return sequence.place
+
+
+class ContinuousScheduler:
+    """All of `Scheduler` but `next_batch`, and the parts that one is made of.
+
+    `max_in_flight` batches may be in flight, one per pipeline stage; what runs is split over them evenly.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_batch_size: int, watermark_blocks: int, max_in_flight: int) -> None:
+        assert max_in_flight >= 1, f"max_in_flight must be at least 1, not {max_in_flight}"
+        self.pool = pool
+        self._max_batch_size = max_batch_size
+        self._watermark_blocks = watermark_blocks
+        self._max_in_flight = max_in_flight
+        self._sequences: dict[int, Sequence] = {}  # all that are here
+        self._queue: list[tuple[int, Sequence]] = []  # heap by place: wait for blocks; aborted ones leave at the head
+        self._running: list[Sequence] = []  # RUNNING, by place
+        self._starved: Sequence | None = None  # the oldest of them that lacked a block in the last batch
+        self._in_flight: deque[Batch] = deque()
+        self._num_pulling = 0  # own blocks without running; only decode has such
+        self._num_queued = 0
+        self._num_queued_tokens = 0
+        self._num_preemptions = 0
+        self._num_added = 0
+        self._num_batches = 0
+
+    def __contains__(self, sequence_id: int) -> bool:
+        return sequence_id in self._sequences
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        self.pool.check_fits(sequence.num_tokens)
+        assert sequence.id not in self._sequences, f"sequence {sequence.id} is here already"
+        assert sequence.num_kv_tokens < sequence.num_tokens, f"sequence {sequence.id} has no tokens to compute"
+        sequence.arrival = now
+        sequence.place = self._num_added
+        self._num_added += 1
+        self._sequences[sequence.id] = sequence
+        self._enqueue(sequence, State.WAITING if sequence.num_kv_tokens else State.QUEUED)
+
+    def complete(self, batch: Batch, result: StepResult, now: float) -> Outcome:
+        first = self._in_flight.popleft()
+        assert batch.id == first.id, f"batch {batch.id} completes before batch {first.id}, which was made earlier"
+        outcome, ended, capacity = Outcome(), result.ended, self.pool.capacity
+        sampled = outcome.sampled
+        for sequence, n in batch.items:
+            sequence.scheduled = 0
+            if sequence.state is State.ABORTED:
+                outcome.dropped.append(self._forget(sequence))
+                continue
+            sequence.num_computed += n
+            if sequence.num_computed < sequence.num_tokens:
+                continue
+            sequence.num_tokens += 1
+            sampled.append(sequence)
+            if sequence.id in ended or sequence.num_tokens > capacity:
+                sequence.state = State.FINISHED
+                outcome.finished.append(self._forget(sequence))
+        if outcome.finished:
+            self._running = [sequence for sequence in self._running if sequence.state is State.RUNNING]
+        return outcome
+
+    def abort(self, sequence_id: int, now: float) -> Outcome:
+        outcome = Outcome()
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.state is State.ABORTED:
+            return outcome
+        state, sequence.state = sequence.state, State.ABORTED
+        if state is State.RUNNING:
+            self._running.remove(sequence)
+        elif state is not State.PULLING:
+            self._leave_queue(sequence)
+        if state is not State.PULLING and not sequence.scheduled:
+            outcome.dropped.append(self._forget(sequence))
+        return outcome
+
+    def expire(self, now: float) -> Outcome:
+        return Outcome()  # nothing here has a lease: what waits, waits for blocks, and its turn comes
+
+    def load(self) -> Load:
+        behind = sum(n for s in self._running if (n := s.num_tokens - s.num_computed) > 1)
+        return Load(
+            num_queued=self._num_queued,
+            num_queued_tokens=self._num_queued_tokens + behind,
+            num_running=len(self._running) + self._num_pulling,
+            num_free_blocks=self.pool.num_free,
+            num_blocks=self.pool.num_blocks,
+            num_preemptions=self._num_preemptions,
+        )
+
+    # The parts of a next_batch
+
+    def _schedule_decodes(self, items: list[tuple[Sequence, int]]) -> list[Sequence]:
+        """Puts an even share of what decodes into `items`, oldest first; makes room by preempting the youngest.
+        Returns the running sequences with more than one token to compute, oldest first."""
+        share = -(-len(self._running) // self._max_in_flight)
+        block_size = self.pool.block_size
+        behind: list[Sequence] = []
+        self._starved = None
+        for sequence in self._running:  # `_grow` takes some out, but only behind the one we are at
+            if sequence.scheduled:
+                continue
+            num_tokens = sequence.num_tokens
+            if num_tokens - sequence.num_computed > 1:
+                behind.append(sequence)
+            elif len(items) < share and (
+                num_tokens <= len(sequence.blocks) * block_size or self._grow(sequence, num_tokens)
+            ):
+                sequence.scheduled = 1
+                items.append((sequence, 1))
+        return behind
+
+    def _schedule_behind(self, items: list[tuple[Sequence, int]], behind: list[Sequence], budget: int) -> int:
+        """Puts chunks of `behind` into `items`, oldest first; returns what is left of `budget` (tokens)."""
+        for sequence in behind:
+            if budget <= 0:
+                break
+            n = min(budget, sequence.num_tokens - sequence.num_computed)
+            # It may have been preempted for an older one since, and pulled KV comes without blocks for what follows.
+            if sequence.state is State.RUNNING and self._grow(sequence, sequence.num_computed + n):
+                sequence.scheduled = n
+                items.append((sequence, n))
+                budget -= n
+        return budget
+
+    def _schedule_queued(self, items: list[tuple[Sequence, int]], budget: int) -> None:
+        """Admits from the head of the queue what is computed here, and puts its first chunk into `items`."""
+        while budget > 0:
+            sequence = self._head()
+            if sequence is None or sequence.num_kv_tokens or not self._has_room(sequence):
+                break
+            self._admit(sequence)
+            n = min(budget, sequence.num_tokens)
+            sequence.scheduled = n
+            items.append((sequence, n))
+            budget -= n
+
+    def _launch(self, items: list[tuple[Sequence, int]]) -> Batch | None:
+        if not items:
+            return None
+        self._num_batches += 1
+        batch = Batch(self._num_batches, items)
+        self._in_flight.append(batch)
+        return batch
+
+    # Queue and blocks
+
+    def _enqueue(self, sequence: Sequence, state: State) -> None:
+        sequence.state = state
+        self._num_queued += 1
+        self._num_queued_tokens += sequence.num_kv_tokens or sequence.num_tokens
+        heappush(self._queue, (sequence.place, sequence))
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self._num_queued -= 1
+        self._num_queued_tokens -= sequence.num_kv_tokens or sequence.num_tokens
+
+    def _head(self) -> Sequence | None:
+        """The oldest sequence that waits for blocks."""
+        queue = self._queue
+        while queue:
+            sequence = queue[0][1]
+            if sequence.state is not State.ABORTED:
+                return sequence
+            heappop(queue)
+        return None
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether the head of the queue may have its blocks now, those for its next token included. The watermark is no
+        obstacle for a sequence that has all memory to itself."""
+        if self._starved is not None and self._starved.state is State.RUNNING:
+            return False
+        if len(self._running) + self._num_pulling >= self._max_batch_size:
+            return False
+        pool = self.pool
+        num_blocks, num_free = pool.blocks_for(sequence.num_tokens), pool.num_free
+        return num_blocks + self._watermark_blocks <= num_free or num_blocks <= num_free == pool.num_blocks
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Takes the head of the queue out of it, to be computed here from its first token on."""
+        heappop(self._queue)
+        self._leave_queue(sequence)
+        sequence.blocks = self.pool.allocate(self.pool.blocks_for(sequence.num_tokens))
+        self._run(sequence)
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.state = State.RUNNING
+        insort(self._running, sequence, key=_place)
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for the KV of `num_tokens` tokens, taken from the youngest where none are free. False: it must wait
+        for what nobody can take: blocks in flight, being pulled, or those of older sequences."""
+        pool = self.pool
+        missing = pool.blocks_for(num_tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
+        while pool.num_free < missing:
+            for victim in reversed(self._running):
+                if victim is sequence:
+                    self._starved = self._starved or sequence
+                    return False
+                if not victim.scheduled:
+                    break
+            self._preempt(victim)
+        sequence.blocks += pool.allocate(missing)
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._running.remove(victim)
+        self.pool.free(victim.blocks)
+        victim.num_computed = victim.num_kv_tokens = 0
+        self._num_preemptions += 1
+        self._enqueue(victim, State.PREEMPTED)
+
+    def _forget(self, sequence: Sequence) -> Sequence:
+        del self._sequences[sequence.id]
+        self.pool.free(sequence.blocks)
+        return sequence

@@ -1,0 +1,83 @@
+"""Decides which hand-offs are pulled and which sequences decode together. Knows no transport and no prefill side.
+
+WAITING --next_pulls--> PULLING --pulled--> RUNNING --complete--> FINISHED
+                           |                   `--> PREEMPTED --> RUNNING (its KV computed again, here)
+                           `--pull_failed--> ABORTED
+QUEUED (came without KV) --next_batch--> RUNNING
+any --abort--> ABORTED  (PULLING, or in a batch in flight: blocks are freed by `pulled`, `pull_failed`, `complete`)
+"""
+
+from __future__ import annotations
+
+from heapq import heappop
+
+from distserve.sched.base import Batch, Outcome, Sequence, State
+from distserve.sched.blocks import BlockPool
+from distserve.sched.continuous import ContinuousScheduler
+from distserve.sched.policy import DecodePolicy
+
+
+class DecodeScheduler(ContinuousScheduler):
+    """A burst waits where it was prefilled: a hand-off is pulled when its KV and its next token have blocks here
+    (DistServe, OSDI'24, section 4.3). One queue for hand-offs and for what is computed here keeps them first come,
+    first served."""
+
+    def __init__(self, pool: BlockPool, policy: DecodePolicy, *, max_in_flight: int = 1) -> None:
+        super().__init__(
+            pool,
+            max_batch_size=policy.max_batch_size,
+            watermark_blocks=policy.watermark_blocks,
+            max_in_flight=max_in_flight,
+        )
+        self.policy = policy
+        self._pulling: dict[int, Sequence] = {}  # those aborted since included: their bytes are still arriving
+
+    def next_batch(self, now: float) -> Batch | None:
+        if len(self._in_flight) >= self._max_in_flight:
+            return None
+        items: list[tuple[Sequence, int]] = []
+        behind = self._schedule_decodes(items)
+        budget = self._schedule_behind(items, behind, self.policy.chunk_tokens)
+        self._schedule_queued(items, budget)
+        return self._launch(items)
+
+    def next_pulls(self, now: float) -> list[Sequence]:
+        pulls: list[Sequence] = []
+        while (sequence := self._head()) is not None and self._has_room(sequence):
+            if not sequence.num_kv_tokens:
+                self._admit(sequence)  # next in turn, and what came after it need not wait for a step
+                continue
+            heappop(self._queue)
+            self._leave_queue(sequence)
+            sequence.blocks = self.pool.allocate(self.pool.blocks_for(sequence.num_kv_tokens))
+            sequence.state = State.PULLING
+            self._pulling[sequence.id] = sequence
+            self._num_pulling += 1
+            pulls.append(sequence)
+        return pulls
+
+    def pulled(self, sequence_id: int, now: float) -> Outcome:
+        outcome = Outcome()
+        sequence = self._end_pull(sequence_id)
+        if sequence is None:
+            return outcome
+        if sequence.state is State.ABORTED:
+            outcome.dropped.append(self._forget(sequence))
+        else:
+            sequence.num_computed = sequence.num_kv_tokens
+            self._run(sequence)
+        return outcome
+
+    def pull_failed(self, sequence_id: int, now: float) -> Outcome:
+        outcome = Outcome()
+        sequence = self._end_pull(sequence_id)
+        if sequence is not None:
+            sequence.state = State.ABORTED
+            outcome.dropped.append(self._forget(sequence))
+        return outcome
+
+    def _end_pull(self, sequence_id: int) -> Sequence | None:
+        sequence = self._pulling.pop(sequence_id, None)
+        if sequence is not None:
+            self._num_pulling -= 1
+        return sequence

@@ -1,0 +1,158 @@
+"""Decides which prompts are computed together, and how long their KV is kept for the puller. Knows no decode side.
+
+QUEUED --next_batch--> RUNNING --complete--> HELD --release / lease over--> RELEASED
+   |                      |         `------> FINISHED (the first token was the last)
+   `------- abort --------+------------ abort ------> ABORTED  (RUNNING: blocks are freed by `complete`)
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+
+from distserve.sched.base import Batch, Load, Outcome, Sequence, State, StepResult
+from distserve.sched.blocks import BlockPool
+from distserve.sched.policy import PrefillPolicy
+
+
+class PrefillScheduler:
+    """First come, first served; whole prompts, batched up to the knee (DistServe, OSDI'24, section 4.1).
+
+    Where the first in the queue does not fit into the free blocks, all wait behind it. Letting shorter prompts pass
+    would fill the memory with them again and again, and a long prompt might never start; the wait is short, because
+    held blocks come free as the decode side pulls. A batch that ends at the knee is not filled up with later, shorter
+    prompts either: first come, first served is what makes a predicted wait true.
+    """
+
+    def __init__(self, pool: BlockPool, policy: PrefillPolicy, *, max_in_flight: int = 1) -> None:
+        assert max_in_flight >= 1, f"max_in_flight must be at least 1, not {max_in_flight}"
+        self.pool = pool
+        self.policy = policy
+        self._max_in_flight = max_in_flight
+        self._sequences: dict[int, Sequence] = {}  # all that are here
+        self._queue: OrderedDict[int, Sequence] = OrderedDict()  # an abort takes one out of the middle in O(1)
+        self._held: OrderedDict[int, Sequence] = OrderedDict()  # by end of lease: all leases are equally long
+        self._in_flight: deque[Batch] = deque()
+        self._num_pending_tokens = 0  # of QUEUED and RUNNING sequences
+        self._num_added = 0
+        self._num_batches = 0
+
+    def __contains__(self, sequence_id: int) -> bool:
+        return sequence_id in self._sequences
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        self.pool.check_fits(sequence.num_tokens)
+        assert sequence.id not in self._sequences, f"sequence {sequence.id} is here already"
+        assert sequence.num_tokens > 0, f"sequence {sequence.id} has no tokens to compute"
+        sequence.state = State.QUEUED
+        sequence.arrival = now
+        sequence.place = self._num_added
+        self._num_added += 1
+        self._num_pending_tokens += sequence.num_tokens
+        self._sequences[sequence.id] = self._queue[sequence.id] = sequence
+
+    def next_batch(self, now: float) -> Batch | None:
+        queue, pool, policy = self._queue, self.pool, self.policy
+        if not queue or len(self._in_flight) >= self._max_in_flight:
+            return None
+        items: list[tuple[Sequence, int]] = []
+        budget = policy.max_batch_tokens
+        while queue and len(items) < policy.max_batch_size:
+            sequence = next(iter(queue.values()))
+            n = sequence.num_tokens
+            num_blocks = pool.blocks_for(n)
+            if (items and n > budget) or num_blocks > pool.num_free:
+                break
+            queue.popitem(last=False)
+            sequence.blocks = pool.allocate(num_blocks)
+            sequence.state = State.RUNNING
+            sequence.scheduled = n
+            items.append((sequence, n))
+            budget -= n
+        if not items:
+            return None
+        self._num_batches += 1
+        batch = Batch(self._num_batches, items)
+        self._in_flight.append(batch)
+        return batch
+
+    def complete(self, batch: Batch, result: StepResult, now: float) -> Outcome:
+        first = self._in_flight.popleft()
+        assert batch.id == first.id, f"batch {batch.id} completes before batch {first.id}, which was made earlier"
+        outcome, ended = Outcome(), result.ended
+        for sequence, n in batch.items:
+            self._num_pending_tokens -= n
+            sequence.scheduled = 0
+            if sequence.state is State.ABORTED:
+                outcome.dropped.append(self._forget(sequence))
+                continue
+            sequence.num_computed += n
+            sequence.num_tokens += 1
+            outcome.sampled.append(sequence)
+            if sequence.id in ended:
+                sequence.state = State.FINISHED
+                outcome.finished.append(self._forget(sequence))
+            else:
+                sequence.state = State.HELD
+                sequence.lease = now + self.policy.lease
+                self._held[sequence.id] = sequence
+                outcome.held.append(sequence)
+        return outcome
+
+    def abort(self, sequence_id: int, now: float) -> Outcome:
+        outcome = Outcome()
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            return outcome
+        if sequence.state is State.QUEUED:
+            del self._queue[sequence_id]
+            self._num_pending_tokens -= sequence.num_tokens
+        elif sequence.state is State.HELD:
+            del self._held[sequence_id]
+        else:  # in flight: the device writes to its blocks until `complete`
+            sequence.state = State.ABORTED
+            return outcome
+        sequence.state = State.ABORTED
+        outcome.dropped.append(self._forget(sequence))
+        return outcome
+
+    def release(self, sequence_id: int, now: float) -> Outcome:
+        outcome = Outcome()
+        sequence = self._held.pop(sequence_id, None)
+        if sequence is not None:
+            sequence.state = State.RELEASED
+            outcome.dropped.append(self._forget(sequence))
+        return outcome
+
+    def renew(self, sequence_id: int, now: float) -> bool:
+        sequence = self._held.get(sequence_id)
+        if sequence is None:
+            return False
+        sequence.lease = now + self.policy.lease
+        self._held.move_to_end(sequence_id)
+        return True
+
+    def expire(self, now: float) -> Outcome:
+        outcome, held = Outcome(), self._held
+        while held:
+            sequence = next(iter(held.values()))
+            if sequence.lease > now:
+                break
+            held.popitem(last=False)
+            sequence.state = State.RELEASED
+            outcome.dropped.append(self._forget(sequence))
+        return outcome
+
+    def load(self) -> Load:
+        return Load(
+            num_queued=len(self._queue),
+            num_queued_tokens=self._num_pending_tokens,
+            num_running=sum(len(batch.items) for batch in self._in_flight),
+            num_held=len(self._held),
+            num_free_blocks=self.pool.num_free,
+            num_blocks=self.pool.num_blocks,
+        )
+
+    def _forget(self, sequence: Sequence) -> Sequence:
+        del self._sequences[sequence.id]
+        self.pool.free(sequence.blocks)
+        return sequence
