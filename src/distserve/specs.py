@@ -198,7 +198,11 @@ def _rope(config: Config) -> tuple[dict[str, Any] | None, float]:
     theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
-    return (None if kind == "default" else {"rope_type": kind, **rope}), theta
+    if kind == "default":
+        return None, theta
+    if kind == "yarn":
+        rope.setdefault("original_max_position_embeddings", int(config.get("max_position_embeddings") or 2048))
+    return {"rope_type": kind, **rope}, theta
 
 
 def _gguf_rope(metadata: Config) -> dict[str, Any] | None:
@@ -213,8 +217,8 @@ def _gguf_rope(metadata: Config) -> dict[str, Any] | None:
 
 
 def _context(max_positions: int, rope: Config | None) -> int:
-    """Tokens of context. Linear, dynamic and YaRN scaling say what they start from and by how much they stretch it."""
-    if rope is None or rope["rope_type"] not in ("linear", "dynamic", "yarn"):
+    """Tokens of context: linear scaling and YaRN stretch what the model was first trained on."""
+    if rope is None or rope["rope_type"] not in ("linear", "yarn"):
         return max_positions
     return int(rope.get("original_max_position_embeddings", max_positions) * float(rope.get("factor", 1.0)))
 

@@ -1,0 +1,151 @@
+"""The llama family: Llama 2 and 3, SmolLM2, Mistral. RMS norms, rotary positions, grouped-query attention, gated MLP.
+
+Which of them it is, is all in the spec. Projections that share an input are one matrix (q, k, v; gate, up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distserve.engine.layers import (
+    Embedding,
+    GatedLinear,
+    Head,
+    Linear,
+    MergedLinear,
+    Rotary,
+    StepLayout,
+    add_rms_norm,
+    rms_norm,
+    rope_attention,
+)
+from distserve.engine.models.base import Model, Slot
+from distserve.engine.parallel import Split
+from distserve.specs import ModelSpec
+
+
+class Norm(nn.Module):
+    """The weight of one RMS norm."""
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum)."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.window = spec.num_heads, spec.num_kv_heads, spec.sliding_window
+        self.scale = spec.head_dim**-0.5
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.qkv = MergedLinear(spec.hidden_size, (q, kv, kv), spec.attention_bias, dtype=dtype)
+        self.out = Linear(q, spec.hidden_size, spec.attention_bias, dtype=dtype)
+
+    def forward(self, x: Tensor, rope: Rotary, kv: Tensor, step: StepLayout) -> Tensor:
+        qkv = self.qkv(x)
+        y = rope_attention(qkv, rope, kv, step, self.num_heads, self.num_kv_heads, self.scale, self.window)
+        out: Tensor = self.out(y)
+        return out
+
+
+class Layer(nn.Module):
+    """One transformer block. The residual stream is kept apart, so that adding and normalising are one pass."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention_norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
+        self.attention = Attention(spec, dtype)
+        self.mlp_norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
+        self.gate_up = GatedLinear(spec.hidden_size, spec.ffn_size, spec.mlp_bias, dtype=dtype)
+        self.down = Linear(spec.ffn_size, spec.hidden_size, spec.mlp_bias, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rope: Rotary, kv: Tensor, step: StepLayout
+    ) -> tuple[Tensor, Tensor]:
+        """(this block's contribution, the residual stream before it), both [T, C]."""
+        if residual is None:
+            x, residual = self.attention_norm(x), x
+        else:
+            x, residual = self.attention_norm.add(x, residual)
+        x, residual = self.mlp_norm.add(self.attention(x, rope, kv, step), residual)
+        return self.down(self.gate_up(x)), residual
+
+
+class Llama(Model):
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(Layer(spec, dtype) for _ in range(spec.num_layers))
+        self.norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
+        tied = self.embedding if spec.tied_embeddings else None
+        self.head = Head(spec.hidden_size, spec.vocab_size, tied=tied, dtype=dtype)
+
+    def finish(self, max_model_len: int, device: torch.device) -> None:
+        scaling = None if self.spec.rope_scaling is None else dict(self.spec.rope_scaling)
+        self.rope = Rotary(self.spec.head_dim, self.spec.rope_theta, max_model_len, scaling).to(device)
+
+    def forward(self, ids: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+        x: Tensor = self.embedding(ids)
+        residual: Tensor | None = None
+        for layer, cache in zip(self.layers, kv, strict=True):
+            x, residual = layer(x, residual, self.rope, cache, step)
+        assert residual is not None
+        if rows is not None:
+            x, residual = x[rows], residual[rows]
+        hidden, _ = self.norm.add(x, residual)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head.logits(hidden)
+
+    def slots(self) -> list[Slot]:
+        spec = self.spec
+        table = (spec.vocab_size, spec.hidden_size)
+        slots = [Slot("model.embed_tokens.weight", "embedding", "weight", table, Split.VOCABULARY, spec.vocab_size)]
+        for i in range(spec.num_layers):
+            slots += _layer_slots(spec, f"model.layers.{i}", f"layers.{i}")
+        slots.append(Slot("model.norm.weight", "norm", "weight", (spec.hidden_size,)))
+        if not spec.tied_embeddings:
+            slots.append(Slot("lm_head.weight", "head", "out.weight", table, Split.VOCABULARY, spec.vocab_size))
+        return slots
+
+
+def _layer_slots(spec: ModelSpec, source: str, target: str) -> list[Slot]:
+    hidden, ffn, heads, kv_heads = spec.hidden_size, spec.ffn_size, spec.num_heads, spec.num_kv_heads
+    q, kv = heads * spec.head_dim, kv_heads * spec.head_dim
+    slots = [
+        Slot(f"{source}.input_layernorm.weight", f"{target}.attention_norm", "weight", (hidden,)),
+        Slot(f"{source}.post_attention_layernorm.weight", f"{target}.mlp_norm", "weight", (hidden,)),
+    ]
+    # checkpoint name, module, its (rows, columns), how ranks share it, units, part, rotated heads, has a bias
+    linears = (
+        ("self_attn.q_proj", "attention.qkv", (q, hidden), Split.COLUMN, heads, 0, heads, spec.attention_bias),
+        ("self_attn.k_proj", "attention.qkv", (kv, hidden), Split.KV_HEADS, kv_heads, 1, kv_heads, spec.attention_bias),
+        ("self_attn.v_proj", "attention.qkv", (kv, hidden), Split.KV_HEADS, kv_heads, 2, 0, spec.attention_bias),
+        ("self_attn.o_proj", "attention.out", (hidden, q), Split.ROW, heads, None, 0, spec.attention_bias),
+        ("mlp.gate_proj", "gate_up", (ffn, hidden), Split.COLUMN, ffn, 0, 0, spec.mlp_bias),
+        ("mlp.up_proj", "gate_up", (ffn, hidden), Split.COLUMN, ffn, 1, 0, spec.mlp_bias),
+        ("mlp.down_proj", "down", (hidden, ffn), Split.ROW, ffn, None, 0, spec.mlp_bias),
+    )
+    for name, module, shape, split, units, part, rotated, bias in linears:
+        where = f"{target}.{module}"
+        slots.append(Slot(f"{source}.{name}.weight", where, "weight", shape, split, units, part, rotated))
+        if bias:  # a row-split layer adds its bias once, after the sum
+            bias_split = Split.REPLICATED if split is Split.ROW else split
+            slots.append(Slot(f"{source}.{name}.bias", where, "bias", shape[:1], bias_split, units, part, rotated))
+    return slots
+
+
+build = Llama
