@@ -98,6 +98,7 @@ class Load:
     num_held: int = 0
     num_free_blocks: int = 0
     num_blocks: int = 0
+    block_size: int = 1  # tokens
     num_preemptions: int = 0  # since the epoch began
 
 

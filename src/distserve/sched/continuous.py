@@ -113,6 +113,7 @@ class ContinuousScheduler:
             num_running=len(self._running) + self._num_pulling,
             num_free_blocks=self.pool.num_free,
             num_blocks=self.pool.num_blocks,
+            block_size=self.pool.block_size,
             num_preemptions=self._num_preemptions,
         )
 

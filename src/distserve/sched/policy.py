@@ -69,3 +69,18 @@ class ColocatedPolicy:
                 f"chunk_tokens ({self.chunk_tokens}) must be at least max_batch_size ({self.max_batch_size}), or "
                 "decodes could fill every step and no prompt would start: raise chunk_tokens or lower max_batch_size"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionPolicy:
+    """What the gateway lets in. Beyond any of these a request is refused at once: what was admitted must keep its SLO,
+    and no queue may grow without bound."""
+
+    max_requests: int = 2048  # admitted and not yet over
+    max_queued_tokens: int = 4_000_000  # prompt tokens that wait or are being computed, over all instances
+    max_wait: float = 60.0  # seconds until the prompt's turn, as predicted
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_requests", "max_queued_tokens")
+        if not self.max_wait > 0:
+            raise ValueError(f"max_wait must be above 0, not {self.max_wait}: every request would be refused")

@@ -150,6 +150,7 @@ class PrefillScheduler:
             num_held=len(self._held),
             num_free_blocks=self.pool.num_free,
             num_blocks=self.pool.num_blocks,
+            block_size=self.pool.block_size,
         )
 
     def _forget(self, sequence: Sequence) -> Sequence:
