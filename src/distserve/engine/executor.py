@@ -1,0 +1,138 @@
+"""The executor of one process and one device: loads a checkpoint, owns the KV pool, computes in a thread of its own.
+
+Knows neither scheduler nor transport; whoever shares the KV injects the memory it lies in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from distserve.engine import hub, weights
+from distserve.engine.base import EngineOptions, EngineResult
+from distserve.engine.kv_cache import Buffer, KVCache, private_buffer
+from distserve.engine.models.base import build
+from distserve.engine.runner import Runner
+from distserve.engine.state import RequestState
+from distserve.errors import ModelError, PlanError
+from distserve.request import Request
+from distserve.sched.base import Batch
+from distserve.specs import DTYPE_BYTES, KVLayout, ModelSpec
+
+Progress = Callable[[float, str], None]
+
+
+class LocalExecutor:
+    """See `base.Executor`. `kv_buffer_factory` is given a number of bytes and returns that much writable memory; the
+    fields below are set when `start` returns."""
+
+    spec: ModelSpec
+    layout: KVLayout
+    kv_buffer: Buffer
+    num_blocks: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+    def __init__(self, options: EngineOptions, kv_buffer_factory: Callable[[int], Buffer] | None = None) -> None:
+        self._options = options
+        self._buffer_factory = kv_buffer_factory or private_buffer
+        self.block_size = options.block_size
+        self._states: dict[int, RequestState] = {}
+        # One thread: the event loop stays free while the device computes, and steps never overlap.
+        self._thread = ThreadPoolExecutor(1, "engine")
+
+    async def start(self, progress: Progress) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell(fraction: float, what: str) -> None:
+            loop.call_soon_threadsafe(progress, fraction, what)
+
+        if self._options.cores:
+            # Pinned before the engine's thread exists: it and the kernels' threads inherit the cores.
+            os.sched_setaffinity(0, self._options.cores)
+        await loop.run_in_executor(self._thread, self._build, tell)
+
+    def _build(self, progress: Progress) -> None:
+        options = self._options
+        if options.cores:
+            set_num_threads(len(options.cores))
+        path = Path(options.model)
+        progress(0.0, "reading the configuration")
+        self.spec = spec = hub.read_spec(path)
+        device, dtype = _device(options.device), _dtype(options.dtype, spec)
+        self.layout = spec.kv_layout(options.block_size, dtype)
+        self.num_blocks = options.kv_bytes // self.layout.block_bytes
+        if self.num_blocks < 1:
+            raise PlanError(
+                f"{options.kv_bytes} bytes of KV memory hold no block of {options.block_size} tokens "
+                f"({self.layout.block_bytes} bytes); give more KV memory or smaller blocks"
+            )
+        self.eos_token_ids = spec.eos_token_ids
+        # A sequence that fills the whole KV memory ends there, as one that fills the context does.
+        self.max_model_len = min(_context(options, spec), self.num_blocks * options.block_size)
+        with torch.inference_mode():
+            model = build(spec, getattr(torch, dtype))
+            weights.load(path, model, device, lambda fraction: progress(0.05 + 0.85 * fraction, "loading weights"))
+            model.finish(self.max_model_len, device)
+        progress(0.9, "allocating KV memory")
+        self.kv_buffer = self._buffer_factory(self.num_blocks * self.layout.block_bytes)
+        self._kv = KVCache(self.layout, self.num_blocks, self.kv_buffer, device)
+        self._runner = Runner(model, self._kv, self.max_model_len, device)
+        progress(0.92, "warming up")
+        self._runner.warm_up()
+        progress(1.0, "ready")
+
+    def add(self, request: Request) -> None:
+        """Takes ownership of `request`; its `output` grows. Raises `RequestError` where it names unknown tokens."""
+        self._states[request.id] = RequestState(request, self.spec.vocab_size, self.eos_token_ids)
+
+    async def execute(self, batch: Batch) -> EngineResult:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, batch, self._states)
+
+    def forget(self, request_id: int) -> None:
+        self._states.pop(request_id, None)
+
+    def export_blocks(self, blocks: list[int]) -> None:
+        """Before others read `blocks` in `kv_buffer`."""
+        self._kv.export_blocks(blocks)
+
+    def import_blocks(self, blocks: list[int]) -> None:
+        """After `blocks` were written in `kv_buffer`."""
+        self._kv.import_blocks(blocks)
+
+    async def stop(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+        self._states.clear()
+
+
+def set_num_threads(count: int) -> None:
+    """How many cores PyTorch computes on in this thread."""
+    torch.set_num_threads(count)
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PlanError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _dtype(asked: str, spec: ModelSpec) -> str:
+    dtype = spec.dtype if asked == "auto" else asked
+    if dtype not in DTYPE_BYTES:
+        raise ModelError(f"dtype {dtype!r} is not supported; give --dtype as one of {', '.join(DTYPE_BYTES)}")
+    return dtype
+
+
+def _context(options: EngineOptions, spec: ModelSpec) -> int:
+    asked = options.max_model_len
+    if asked is None:
+        return spec.max_model_len
+    if asked > spec.max_model_len:
+        raise ModelError(f"--max-model-len {asked} is over the checkpoint's {spec.max_model_len}; give at most that")
+    return asked

@@ -1,0 +1,108 @@
+"""Turns a batch and its requests' tokens into one pass of the model, and logits into tokens.
+
+Knows which rows need logits; knows neither who decided the batch nor which thread it runs in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from distserve.engine import sampler
+from distserve.engine.base import EngineResult
+from distserve.engine.kv_cache import KVCache
+from distserve.engine.layers import StepLayout
+from distserve.engine.models.base import Model
+from distserve.engine.state import RequestState
+from distserve.sched.base import Batch
+
+_LOGITS_ROWS = 32  # prompt log-probabilities: rows of logits in memory at a time (6 MB at a vocabulary of 49,152)
+_WARM_UP_TOKENS = 64
+
+
+class Runner:
+    """Computes batches on one device. Not thread-safe."""
+
+    def __init__(self, model: Model, kv: KVCache, max_model_len: int, device: torch.device) -> None:
+        self._model = model
+        self._kv = kv
+        self._max_model_len = max_model_len
+        self._device = device
+
+    def run(self, batch: Batch, states: Mapping[int, RequestState]) -> EngineResult:
+        """Writes KV of every scheduled token; samples for the sequences that are computed to their end."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            result = self._run(batch, states)
+        result.seconds = time.perf_counter() - began
+        return result
+
+    def _run(self, batch: Batch, states: Mapping[int, RequestState]) -> EngineResult:
+        ids: list[int] = []
+        sampled: list[RequestState] = []
+        rows: list[int] = []  # of the hidden states that logits are needed of: first those to sample from
+        scored: list[tuple[RequestState, int, int]] = []  # prompt log-probabilities: of whom, first token, number
+        scored_rows: list[int] = []
+        for sequence, count in batch.items:
+            state, first = states[sequence.id], sequence.num_computed
+            last = first + count
+            if state.prompt_logprobs is not None:
+                number = min(last, len(state.request.prompt) - 1) - first
+                scored.append((state, first + 1, number))
+                scored_rows += range(len(ids), len(ids) + number)
+            ids += state.tokens[first:last]
+            if last == len(state.tokens):
+                sampled.append(state)
+                rows.append(len(ids) - 1)
+        hidden = self._forward(batch, ids, rows + scored_rows)
+        result = EngineResult()
+        first_scored = len(rows)
+        for state, first, number in scored:
+            self._score(hidden[first_scored : first_scored + number], state, first)
+            first_scored += number
+        if sampled:
+            logits = self._model.logits(hidden[: len(sampled)])
+            for state, token in zip(sampled, sampler.sample(logits, sampled, self._max_model_len), strict=True):
+                if token is None:
+                    result.failures[state.request.id] = sampler.NOT_FINITE
+                else:
+                    result.tokens[state.request.id] = token
+        return result
+
+    def _forward(self, batch: Batch, ids: list[int], rows: list[int]) -> Tensor:
+        """Final hidden states [R, C] of `rows`."""
+        lens = [count for _, count in batch.items]
+        contexts = [sequence.num_computed + count for sequence, count in batch.items]
+        tables = [sequence.blocks for sequence, _ in batch.items]
+        step = StepLayout.build(lens, contexts, tables, self._kv.layout.block_size, self._device)
+        tokens = torch.tensor(ids, dtype=torch.int32, device=self._device)
+        # A chunk in the middle of a prompt needs no hidden state; one row keeps shapes ordinary.
+        wanted = None if rows == list(range(len(ids))) else torch.tensor(rows or [0], device=self._device)
+        hidden: Tensor = self._model(tokens, step, self._kv.layers, wanted)
+        return hidden
+
+    def _score(self, hidden: Tensor, state: RequestState, first: int) -> None:
+        """Log-probabilities of the prompt's tokens from number `first` on; `hidden` [n, C] are those before each."""
+        assert state.prompt_logprobs is not None
+        num_top = state.request.sampling.prompt_logprobs or 0
+        for start in range(0, len(hidden), _LOGITS_ROWS):
+            piece = hidden[start : start + _LOGITS_ROWS]
+            where = slice(first + start, first + start + len(piece))
+            logits = self._model.logits(piece)
+            state.prompt_logprobs[where] = sampler.prompt_logprobs(logits, state.request.prompt[where], num_top)
+
+    def warm_up(self) -> None:
+        """A short prompt and one decode step through every layer, so that the first request does not pay for first
+        uses. Writes to the first blocks, which nobody owns yet."""
+        size = self._kv.layout.block_size
+        length = min(_WARM_UP_TOKENS, self._kv.num_blocks * size, self._max_model_len)
+        blocks = list(range(-(-length // size)))
+        with torch.inference_mode():
+            for count in (length, 1):
+                step = StepLayout.build([count], [length], [blocks], size, self._device)
+                ids = torch.zeros(count, dtype=torch.int32, device=self._device)
+                hidden = self._model(ids, step, self._kv.layers, torch.tensor([count - 1], device=self._device))
+                self._model.logits(hidden)
