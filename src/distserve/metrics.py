@@ -162,8 +162,8 @@ def report(
     warmup: float = 0.0,
     seed: int | None = None,
 ) -> Report:
-    """Everything about a run. `end`: when the last request was over, on the clock of the arrivals. `rate`: what was asked
-    for; None: what the arrivals say. Raises `UsageError` where the warm-up leaves nothing to count."""
+    """Everything about a run. `end`: when the last request was over, on the clock of the arrivals. `rate`: what was
+    asked for; None: what the arrivals say. Raises `UsageError` where the warm-up leaves nothing to count."""
     if not records:
         raise UsageError("no requests to report: offer at least one")
     records = sorted(records, key=lambda record: record.arrival)

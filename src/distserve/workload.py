@@ -5,8 +5,8 @@
                                  `--timed?--> replayed as it is: every request, at its own time
 
 Drawn arrivals are a renewal process whose gaps have mean 1/rate: Poisson (coefficient of variation 1), gamma (any
-other) or fixed (0). The same seed gives the same lengths at every rate, and gaps that differ only by the factor of the rates,
-so that two rates are compared on the same luck; a longer draw begins with the shorter one.
+other) or fixed (0). The same seed gives the same lengths at every rate, and gaps that differ only by the factor of
+the rates, so that two rates are compared on the same luck; a longer draw begins with the shorter one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""`distserve serve`: what it asks for. What it does is `launch.serve`, imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distserve.errors import UsageError
+from distserve.plan import parse_memory
+from distserve.serve.options import ServeOptions
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder in Hugging Face layout (config.json, *.safetensors), a .gguf file, a hub id such as "
+            "meta-llama/Llama-3.1-8B (downloaded once), or the built-in alias smollm2-135m-instruct. "
+            "Goes before the plan's model.  [default: smollm2-135m-instruct]",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Which instances to start, with which role, parallelism and devices: a TOML file "
+            "(docs/reference/plan.md).  [default: one prefill and one decode instance]",
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(metavar="auto|cpu|cuda", help="What computes; auto takes the GPUs where there are any."),
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|bfloat16|float16|float32",
+            help="Type of weights and KV; auto takes the checkpoint's (GGUF: bfloat16).",
+        ),
+    ] = "auto",
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 opens it to the network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", help="0 takes any free port.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="DISTSERVE_API_KEY",
+            help="Ask clients for this key (Authorization: Bearer KEY). Repeat it for several; in the environment, "
+            "where other users of the machine cannot read it, separate them by spaces.",
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="What clients call the model. Repeat it for several.  [default: MODEL as given]"
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", help="Longest prompt and answer together.  [default: the checkpoint's context]"),
+    ] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|SIZE",
+            help="KV cache of each instance: a share of the device's memory (0.2, 20%) or a size (2GiB). "
+            "[default: chosen at start and printed]",
+        ),
+    ] = None,
+    block_size: Annotated[int, typer.Option(metavar="16|32|64", help="Tokens in a block of KV.")] = 32,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Prefill takes waiting prompts together up to this many tokens: about as many as saturate the device, "
+            "for beyond that a batch only delays its first.  [default: chosen for the device]",
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int | None,
+        typer.Option(
+            metavar="REQUESTS",
+            help="Requests admitted and not yet finished; more are refused at once with 429 and a Retry-After, so that "
+            "those inside keep their latency.  [default: follows from the KV memory]",
+        ),
+    ] = None,
+    shutdown_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long running requests may go on after SIGTERM or Ctrl-C; a second Ctrl-C ends them.",
+        ),
+    ] = 30.0,
+    log_level: Annotated[str, typer.Option(metavar="debug|info|warning|error", help="Least level to log.")] = "info",
+) -> None:
+    """Serve a model over the OpenAI API.
+
+    Prefill instances read prompts; decode instances pull the KV cache from them and generate. Each is a process on
+    devices of its own, so neither slows the other. When both are ready the address is printed, with a curl line to try.
+
+    \b
+    Examples:
+      distserve serve                                        the demo model
+      distserve serve ./my-model --port 9000                 a checkpoint in a folder
+      distserve serve model.gguf --kv-memory 2GiB            weights as llama.cpp has them
+      distserve serve meta-llama/Llama-3.1-8B --plan p.toml  two prefill, six decode: as the plan says
+    """
+    try:
+        memory = parse_memory(kv_memory) if kv_memory is not None else None
+    except UsageError as error:
+        raise UsageError(f"--kv-memory: {error}") from None
+    options = ServeOptions(
+        model=model,
+        plan=plan,
+        device=device,
+        dtype=dtype,
+        host=host,
+        port=port,
+        api_keys=tuple(api_key or ()),
+        served_model_names=tuple(served_model_name or ()),
+        max_model_len=max_model_len,
+        kv_memory=memory,
+        block_size=block_size,
+        max_batch_tokens=max_batch_tokens,
+        max_queue=max_queue,
+        shutdown_timeout=shutdown_timeout,
+        log_level=log_level,
+    )
+    from distserve.serve.launch import serve as launch  # after the options were checked: it takes a second
+
+    raise typer.Exit(launch(options))
