@@ -28,7 +28,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Let in, or refused: then `retry_after` is in how many seconds it would be let in, and `reason` the limit it met."""
+    """Let in, or refused: then `retry_after` is the seconds until it would be let in, and `reason` the limit it met."""
 
     retry_after: float | None = None
     reason: str = ""
