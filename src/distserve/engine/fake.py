@@ -1,0 +1,202 @@
+"""An executor without a model: takes as long as it is told, answers tokens that only the request determines, and writes
+KV that only the tokens determine, so that a test sees at once which block was lost, mixed up or read too early.
+
+No torch. The KV of position p is a 64-bit hash of all tokens up to p, repeated with the row's number mixed in, in every
+(layer, k|v, head) row of the layout. With `verify`, each step first reads back what earlier steps and pulls should have
+left in its sequences' blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distserve.engine.base import EngineOptions, EngineResult
+from distserve.errors import PlanError
+from distserve.request import FinishReason, Logprobs, Request, Token
+from distserve.sched.base import Batch
+from distserve.sched.base import Sequence as ScheduledSequence
+from distserve.specs import KVLayout
+
+Words = NDArray[np.uint64]
+
+TINY_LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=16, dtype="float32")
+_MASK = 0xFFFF_FFFF_FFFF_FFFF
+_GOLDEN = 0x9E37_79B9_7F4A_7C15  # 2**64 / the golden ratio: spreads consecutive numbers (splitmix64)
+
+
+class KVMismatch(AssertionError):
+    """A block does not hold the KV that its sequence's tokens imply."""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """What the fake pretends to be."""
+
+    vocab_size: int = 1000
+    eos_token_ids: tuple[int, ...] = (2,)
+    max_model_len: int = 8192
+    layout: KVLayout = TINY_LAYOUT
+    seconds: Callable[[Batch], float] = lambda batch: 0.0  # how long a batch takes
+    # How many tokens a request's answer has where nothing cuts it short: its last is then an end-of-sequence token.
+    num_output: Callable[[Request], int] = lambda request: request.sampling.max_tokens + 1
+
+
+@dataclass(slots=True)
+class _Known:
+    request: Request
+    origin: int  # hash of what determines the answer: prompt and seed
+    tokens: list[int]
+    hashes: list[int] = field(default_factory=list)  # of tokens[: i + 1], as far as computed
+
+    def hash_until(self, count: int) -> Words:
+        """Hashes of the first `count` positions."""
+        value = self.hashes[-1] if self.hashes else 0
+        for token in self.tokens[len(self.hashes) : count]:
+            value = _mix(value ^ (token + 1))
+            self.hashes.append(value)
+        return np.array(self.hashes[:count], dtype=np.uint64)
+
+
+class FakeExecutor:
+    """See `base.Executor`. Of `options` it heeds `kv_bytes`, `block_size`, `max_model_len`. `sleep` is the clock's."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        model: FakeModel = FakeModel(),
+        *,
+        kv_buffer_factory: Callable[[int], bytearray | memoryview] = bytearray,
+        verify: bool = False,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        given = model.layout
+        self.layout = KVLayout(given.num_layers, given.num_kv_heads, given.head_dim, options.block_size, given.dtype)
+        self.block_size = options.block_size
+        self.num_blocks = options.kv_bytes // self.layout.block_bytes
+        if self.num_blocks < 1:
+            raise PlanError(f"{options.kv_bytes} bytes of KV memory hold no block ({self.layout.block_bytes} bytes)")
+        limit = min(options.max_model_len or model.max_model_len, model.max_model_len)
+        self.max_model_len = min(limit, self.num_blocks * options.block_size)
+        self.eos_token_ids = model.eos_token_ids
+        self._model = model
+        self._verify = verify
+        self._sleep = sleep
+        self._buffer_factory = kv_buffer_factory
+        self._known: dict[int, _Known] = {}
+
+    async def start(self, progress: Callable[[float, str], None]) -> None:
+        layout = self.layout
+        self.kv_buffer = self._buffer_factory(self.num_blocks * layout.block_bytes)
+        assert layout.head_dim * layout.itemsize % 8 == 0
+        rows, words = layout.num_layers * 2 * layout.num_kv_heads, layout.head_dim * layout.itemsize // 8
+        pool = np.frombuffer(self.kv_buffer, np.uint64, self.num_blocks * layout.block_bytes // 8)
+        self._pool = pool.reshape(self.num_blocks, rows, layout.block_size, words)
+        self._salt = np.arange(rows * words, dtype=np.uint64).reshape(rows, words) * np.uint64(_GOLDEN)
+        progress(1.0, "ready")
+
+    def add(self, request: Request) -> None:
+        data = struct.pack(f"<Q{len(request.prompt)}q", request.sampling.seed & _MASK, *request.prompt)
+        origin = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+        self._known[request.id] = _Known(request, origin, [*request.prompt, *request.output])
+
+    async def execute(self, batch: Batch) -> EngineResult:
+        if self._verify:
+            for sequence, _ in batch.items:
+                self.check(sequence)
+        seconds = self._model.seconds(batch)
+        await self._sleep(seconds)
+        result = EngineResult(seconds=seconds)
+        for sequence, count in batch.items:
+            known = self._known[sequence.id]
+            self._write(sequence, known, sequence.num_computed + count)
+            if sequence.num_computed + count == len(known.tokens):
+                result.tokens[sequence.id] = self._next_token(known)
+        return result
+
+    def check(self, sequence: ScheduledSequence) -> None:
+        """Raises `KVMismatch` where the computed part of `sequence` is not what its tokens imply."""
+        known, count = self._known[sequence.id], sequence.num_computed
+        if sequence.num_tokens != len(known.tokens):
+            raise KVMismatch(
+                f"sequence {sequence.id}: {sequence.num_tokens} tokens scheduled, {len(known.tokens)} known"
+            )
+        found, expected = self._at(sequence.blocks, 0, count), self._pattern(known, 0, count)
+        wrong = np.flatnonzero((found != expected).any(axis=(1, 2)))
+        if len(wrong):
+            block = sequence.blocks[wrong[0] // self.block_size]
+            where = f"first {wrong[0]}, in block {block}"
+            raise KVMismatch(f"sequence {sequence.id}: {len(wrong)} of {count} positions are not its KV, {where}")
+
+    def _write(self, sequence: ScheduledSequence, known: _Known, end: int) -> None:
+        positions = np.arange(sequence.num_computed, end)
+        blocks = np.array(sequence.blocks)[positions // self.block_size]
+        self._pool[blocks, :, positions % self.block_size] = self._pattern(known, sequence.num_computed, end)
+
+    def _at(self, blocks: Sequence[int], first: int, end: int) -> Words:
+        """[positions, rows, words] that the pool holds."""
+        positions = np.arange(first, end)
+        index = np.array(blocks, dtype=np.int64)[positions // self.block_size]
+        return self._pool[index, :, positions % self.block_size]
+
+    def _pattern(self, known: _Known, first: int, end: int) -> Words:
+        """The same, as it should be."""
+        return known.hash_until(end)[first:, None, None] ^ self._salt
+
+    def _next_token(self, known: _Known) -> Token:
+        """Token number `len(output)` of the answer: a function of prompt, seed and that number alone."""
+        request, sampling = known.request, known.request.sampling
+        index = len(request.output)
+        eos = self._model.eos_token_ids
+        finish = None
+        if not sampling.ignore_eos and index + 1 >= max(self._model.num_output(request), sampling.min_tokens + 1):
+            token, finish = eos[0], FinishReason.STOP
+        else:
+            ordinary = self._model.vocab_size - 1 - max(eos, default=-1)
+            token = self._model.vocab_size - 1 - _mix(known.origin + index) % ordinary
+        known.tokens.append(token)
+        request.output.append(token)
+        if finish is None and token in sampling.stop_token_ids and index >= sampling.min_tokens:
+            finish = FinishReason.STOP
+        if finish is None and (index + 1 >= sampling.max_tokens or len(known.tokens) >= self.max_model_len):
+            finish = FinishReason.LENGTH
+        return Token(token, finish, *_logprobs(request, index))
+
+    def forget(self, request_id: int) -> None:
+        self._known.pop(request_id, None)
+
+    def export_blocks(self, blocks: Sequence[int]) -> None:
+        """Nothing to do: the pool is the buffer."""
+
+    def import_blocks(self, blocks: Sequence[int]) -> None:
+        """Nothing to do: the pool is the buffer."""
+
+    async def stop(self) -> None:
+        self._known.clear()
+
+
+def _mix(value: int) -> int:
+    """splitmix64's finalizer (Steele et al. 2014)."""
+    value = (value + _GOLDEN) & _MASK
+    value = (value ^ value >> 30) * 0xBF58_476D_1CE4_E5B9 & _MASK
+    value = (value ^ value >> 27) * 0x94D0_49BB_1331_11EB & _MASK
+    return value ^ value >> 31
+
+
+def _logprobs(request: Request, index: int) -> tuple[Logprobs | None, tuple[Logprobs | None, ...] | None]:
+    """(of the token, of the prompt), where asked for: the token is certain, every other equally unlikely."""
+    sampling = request.sampling
+
+    def entry(num_top: int) -> Logprobs:
+        return Logprobs(-0.5, 1, tuple((token, -0.5 - token) for token in range(num_top)))
+
+    of_token = None if sampling.logprobs is None else entry(sampling.logprobs)
+    if sampling.prompt_logprobs is None or index:
+        return of_token, None
+    return of_token, (None, *[entry(sampling.prompt_logprobs)] * (len(request.prompt) - 1))
