@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+from typing import Protocol
 
 from distserve.errors import RequestError
+
+
+class Generations(Protocol):
+    """One number per block: a list, or shared memory (`memoryview.cast("Q")`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, block: int, /) -> int: ...
+
+    def __setitem__(self, block: int, generation: int, /) -> None: ...
 
 
 class BlockPool:
@@ -22,13 +32,13 @@ class BlockPool:
 
     __slots__ = ("_free", "_owned", "block_size", "capacity", "generations", "num_blocks")
 
-    def __init__(self, num_blocks: int, block_size: int, generations: MutableSequence[int] | None = None) -> None:
+    def __init__(self, num_blocks: int, block_size: int, generations: Generations | None = None) -> None:
         assert num_blocks >= 1, f"num_blocks must be at least 1, not {num_blocks}"
         assert block_size >= 1, f"block_size must be at least 1, not {block_size}"
         self.num_blocks = num_blocks
         self.block_size = block_size  # tokens
         self.capacity = num_blocks * block_size  # tokens of all blocks together
-        self.generations: MutableSequence[int] = [0] * num_blocks if generations is None else generations
+        self.generations: Generations = [0] * num_blocks if generations is None else generations
         assert len(self.generations) >= num_blocks, f"{len(self.generations)} generations for {num_blocks} blocks"
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the first allocation gets 0, 1, 2, ...
         self._owned = bytearray(num_blocks)  # 1: handed out; finds a block that is freed twice
