@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from distserve.engine import kernels
+from distserve.engine.kernels.bindings import DTYPES
+
 
 def silu_mul(x: Tensor) -> Tensor:
     """`x` [T, 2F], gate and up side by side -> silu(gate) * up [T, F], computed in fp32 and rounded once."""
+    library = kernels.load() if x.is_cpu and x.dtype in DTYPES and x.is_contiguous() else None
+    return silu_mul_reference(x) if library is None else library.silu_mul(x)
+
+
+def silu_mul_reference(x: Tensor) -> Tensor:
+    """`silu_mul` in plain torch."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)

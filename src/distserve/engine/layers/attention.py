@@ -5,13 +5,16 @@ Knows one layer's cache and the step's layout; knows no scheduler and no model.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distserve.engine import kernels
+from distserve.engine.kernels.bindings import DTYPES, Layer, Step
 from distserve.engine.layers.rope import Rotary
 
 
@@ -26,6 +29,7 @@ class StepLayout:
     slots: Tensor  # [T] int64, block * block_size + offset: where each token's key and value go
     max_query_len: int
     max_context_len: int
+    _native: Step | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -68,8 +72,16 @@ def attention(
     `kv` [num_blocks, 2, KVH, block_size, D] is one layer of the pool, usually a strided view. `window`: each token sees
     at most that many tokens, itself included.
     """
-    _write(k, v, kv, step)
-    return _attend(q, kv, step, scale, window)
+    library = _kernels(q, kv)
+    if library is None:
+        return attention_reference(q, k, v, kv, step, scale, window)
+    num_tokens, num_heads, dim = q.shape
+    layer = _layer(kv, None, num_heads, scale, window)
+    out = torch.empty((num_tokens, num_heads * dim), dtype=q.dtype)
+    q, k, v = (x if x.stride(2) == 1 and x.stride(1) == dim else x.contiguous() for x in (q, k, v))
+    parts = (argument for x in (q, k, v) for argument in (x.data_ptr(), x.stride(0)))
+    library.attention(layer, _step(step), *parts, out.data_ptr())
+    return out
 
 
 def rope_attention(
@@ -83,9 +95,79 @@ def rope_attention(
     window: int | None = None,
 ) -> Tensor:
     """Rotates queries and keys of `qkv` [T, (H + 2 KVH) D], then as `attention`. May overwrite `qkv`."""
+    library = _kernels(qkv, kv)
+    if library is None:
+        return rope_attention_reference(qkv, rope, kv, step, num_heads, num_kv_heads, scale, window)
+    layer = _layer(kv, rope, num_heads, scale, window)
+    size, stride = kv.shape[4] * qkv.element_size(), qkv.stride(0)
+    q = qkv.data_ptr()
+    k = q + num_heads * size
+    v = k + num_kv_heads * size
+    out = torch.empty((qkv.shape[0], num_heads * kv.shape[4]), dtype=qkv.dtype)
+    library.attention(layer, _step(step), q, stride, k, stride, v, stride, out.data_ptr())
+    return out
+
+
+_layers: dict[tuple[object, ...], tuple[Layer, int]] = {}
+
+
+def _kernels(x: Tensor, kv: Tensor) -> kernels.Kernels | None:
+    """The kernels, if they compute on such tensors."""
+    fits = x.is_cpu and x.dtype in DTYPES and x.dtype is kv.dtype and x.stride(-1) == 1
+    return kernels.load() if fits else None
+
+
+def _layer(kv: Tensor, rope: Rotary | None, num_heads: int, scale: float, window: int | None) -> int:
+    """The address of the kernels' description of one layer; made once for a cache that stays where it is."""
+    strides = kv.stride()
+    key = (kv.data_ptr(), kv.shape, strides, kv.dtype, rope, num_heads, scale, window)
+    found = _layers.get(key)
+    if found is not None:
+        return found[1]
+    num_kv_heads, block_size, dim = kv.shape[2:]
+    assert strides[3:] == (dim, 1), "a head's tokens must lie side by side"
+    assert num_heads % num_kv_heads == 0
+    tables = (None, None) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr())
+    assert rope is None or 2 * rope.cos.shape[1] == dim
+    shape = (num_heads, num_kv_heads, dim, block_size, window or 0, DTYPES[kv.dtype])
+    layer = Layer(kv.data_ptr(), strides[0], strides[1], strides[2], *shape, *tables, scale)
+    _layers[key] = (layer, ctypes.addressof(layer))
+    return _layers[key][1]
+
+
+def _step(step: StepLayout) -> int:
+    """The address of the kernels' view of the step, made by the first layer that asks."""
+    if step._native is None:
+        tensors = (step.query_starts, step.context_lens, step.block_tables, step.positions, step.slots)
+        assert all(x.is_contiguous() for x in tensors)
+        batch, width = step.block_tables.shape
+        step._native = Step(*(x.data_ptr() for x in tensors), step.positions.shape[0], batch, width)
+    return ctypes.addressof(step._native)
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, step: StepLayout, scale: float, window: int | None = None
+) -> Tensor:
+    """`attention` in plain torch."""
+    _write(k, v, kv, step)
+    return _attend(q, kv, step, scale, window)
+
+
+def rope_attention_reference(
+    qkv: Tensor,
+    rope: Rotary,
+    kv: Tensor,
+    step: StepLayout,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """`rope_attention` in plain torch."""
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)
-    q, k, v = torch.split(heads, (num_heads, num_kv_heads, num_kv_heads), dim=1)
-    return attention(rope.rotate(q, step.positions), rope.rotate(k, step.positions), v, kv, step, scale, window)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k = rope.rotate(q, step.positions), rope.rotate(k, step.positions)
+    return attention_reference(q, k, v, kv, step, scale, window)
 
 
 def _write(k: Tensor, v: Tensor, kv: Tensor, step: StepLayout) -> None:

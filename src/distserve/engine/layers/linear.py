@@ -10,11 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distserve.engine import kernels
 from distserve.engine.layers.activation import silu_mul
 
 
+def _pack(weight: nn.Parameter, bias: Tensor | None, gated: bool) -> kernels.PackedWeight | None:
+    """The packed form of a bf16 CPU weight, which is then emptied; None where nothing multiplies packed weights."""
+    library = kernels.load() if weight.is_cpu and weight.dtype == torch.bfloat16 else None
+    if library is None or not library.tiles:
+        return None
+    packed = kernels.PackedWeight(library, weight.data.contiguous(), None if bias is None else bias.data, gated)
+    weight.data = torch.empty(0, dtype=weight.dtype)
+    return packed
+
+
 class Linear(nn.Module):
-    """x [T, K] -> [T, N]; `weight` [N, K], `bias` [N] or None. `weight` is empty after `pack`."""
+    """x [T, K] -> [T, N]; `weight` [N, K], `bias` [N] or None. `weight` is empty after `pack` where it was packed."""
+
+    _gated = False
 
     def __init__(
         self,
@@ -32,11 +45,16 @@ class Linear(nn.Module):
         self.bias = (
             nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
+        self.packed: kernels.PackedWeight | None = None
 
     def pack(self) -> None:
         """Call once, after loading and moving to the device."""
+        self.packed = _pack(self.weight, self.bias, self._gated)
 
     def forward(self, x: Tensor) -> Tensor:
+        packed = self.packed
+        if packed is not None:
+            return packed.multiply(x if x.stride(1) == 1 else x.contiguous())
         return F.linear(x, self.weight, self.bias)
 
 
@@ -57,16 +75,18 @@ class MergedLinear(Linear):
 
     def part(self, index: int) -> Tensor:
         """The rows [sizes[index], K] of one part, a view to load into. Only before `pack`."""
-        return torch.split(self.weight.data, self.sizes)[index]
+        return torch.split(self.weight.data, list(self.sizes))[index]
 
     def bias_part(self, index: int) -> Tensor:
         """Likewise of the bias."""
         assert self.bias is not None
-        return torch.split(self.bias.data, self.sizes)[index]
+        return torch.split(self.bias.data, list(self.sizes))[index]
 
 
 class GatedLinear(MergedLinear):
     """Gate and up projections with the activation between them: x [T, K] -> silu(gate(x)) * up(x) [T, F]."""
+
+    _gated = True
 
     def __init__(
         self,
@@ -80,7 +100,8 @@ class GatedLinear(MergedLinear):
         super().__init__(in_features, (out_features, out_features), bias, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return silu_mul(super().forward(x))
+        product = super().forward(x)
+        return product if self.packed is not None else silu_mul(product)  # packed: the activation is in the product
 
 
 class Embedding(nn.Module):
@@ -96,11 +117,15 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_embeddings, dim, dtype=dtype, device=device), requires_grad=False)
+        self.packed: kernels.PackedWeight | None = None
 
     def pack(self) -> None:
-        """Call once, after loading and moving to the device."""
+        """Call once, after loading and moving to the device; pays where a tied head multiplies by this weight."""
+        self.packed = _pack(self.weight, None, False)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed.rows(ids.long().contiguous())
         return F.embedding(ids.long(), self.weight)
 
 
@@ -117,19 +142,19 @@ class Head(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.out = None if tied else Linear(in_features, num_embeddings, dtype=dtype, device=device)
-        self._tied = (tied,)  # in a tuple, so that the embedding stays its owner's submodule alone
+        self.out = Linear(in_features, num_embeddings, dtype=dtype, device=device) if tied is None else None
+        self._owner = (tied or self.out,)  # in a tuple, so that the embedding stays its owner's submodule alone
 
     def pack(self) -> None:
-        """Call once, after loading and moving to the device."""
+        """Call once, after loading and moving to the device. A tied head uses what its embedding packed."""
         if self.out is not None:
             self.out.pack()
 
     def logits(self, x: Tensor) -> Tensor:
-        tied = self._tied[0]
-        if tied is not None:
-            return F.linear(x, tied.weight).float()
-        assert self.out is not None
-        return self.out(x).float()  # type: ignore[no-any-return]
+        owner = self._owner[0]
+        assert owner is not None
+        if owner.packed is not None:
+            return owner.packed.logits(x if x.stride(1) == 1 else x.contiguous())
+        return F.linear(x, owner.weight).float()
 
     forward = logits

@@ -5,15 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distserve.engine import kernels
+from distserve.engine.kernels.bindings import DTYPES
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x` [T, C] over its root mean square, times `weight` [C]; statistics in fp32, as the checkpoints were trained."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
+    library = kernels.load() if x.is_cpu and x.dtype in DTYPES and x.is_contiguous() else None
+    if library is not None:
+        return library.rms_norm(x, None, weight, eps)
+    return rms_norm_reference(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(norm of `residual + x`, `residual + x`), both [T, C]. `residual` may be overwritten with the sum."""
+    fits = x.is_cpu and x.dtype in DTYPES and x.is_contiguous() and residual.is_contiguous()
+    library = kernels.load() if fits else None
+    if library is not None:
+        return library.rms_norm(x, residual, weight, eps), residual
     total = residual + x
-    return rms_norm(total, weight, eps), total
+    return rms_norm_reference(total, weight, eps), total
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` in plain torch."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight

@@ -1,0 +1,157 @@
+/* What every kernel shares: number formats, thread count, scratch memory, AMX permission and small vector helpers.
+ *
+ * HAVE_AMX is a question to the compiler (-march=native on a machine with AMX and AVX512-BF16); whether the operating
+ * system lets this process use the tiles is asked once at run time (ds_init).
+ */
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define HAVE_AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#ifdef _OPENMP
+#define OMP(text) _Pragma(#text)
+#else
+#define OMP(text)
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
+
+typedef uint16_t bf16;
+
+enum { DTYPE_F32 = 0, DTYPE_BF16 = 1 };
+
+static int num_threads = 1;
+#ifdef HAVE_AMX
+static int tiles_allowed; /* by the operating system, to this process */
+#endif
+
+static inline float from_bf16(bf16 value) {
+    union { uint32_t bits; float number; } u = {(uint32_t)value << 16};
+    return u.number;
+}
+
+/* Round to nearest even; NaN stays NaN. */
+static inline bf16 to_bf16(float value) {
+    union { float number; uint32_t bits; } u = {value};
+    uint32_t rounded = (u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16;
+    return (bf16)(value != value ? 0x7fc0 : rounded);
+}
+
+/* 2^x in plain C that vectorises, relative error below 2e-7; 0 for very negative x. */
+static inline float exp2_plain(float x) {
+    const float clamped = x < -126.0f ? -126.0f : x > 127.0f ? 127.0f : x;
+    const float whole = rintf(clamped), part = clamped - whole;
+    float p = 0.00132764718f;
+    p = p * part + 0.00967554133f;
+    p = p * part + 0.0555071327f;
+    p = p * part + 0.240221197f;
+    p = p * part + 0.693146967f;
+    p = p * part + 1.00000007f;
+    union { int32_t bits; float number; } scale = {((int32_t)whole + 127) << 23};
+    return x < -126.0f ? 0.0f : p * scale.number;
+}
+
+/* Per-thread scratch, kept between calls and grown on demand; 64-byte aligned. NULL when memory is exhausted. */
+static void *scratch(size_t bytes) {
+    static _Thread_local void *memory;
+    static _Thread_local size_t size;
+    if (bytes > size) {
+        free(memory);
+        size = CEIL_DIV(bytes, 4096) * 4096;
+        memory = aligned_alloc(4096, size);
+        if (!memory) abort();
+    }
+    return memory;
+}
+
+#ifdef HAVE_AMX
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} TileConfig;
+
+/* All eight tiles 64 bytes wide and 16 rows high, but for those that hold the second and first group of rows of A and C
+ * in a matrix product: see linear.h. */
+static inline void configure_tiles(int first_rows, int second_rows) {
+    TileConfig config = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = 16;
+    }
+    config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)first_rows;
+    config.rows[2] = config.rows[3] = config.rows[5] = (uint8_t)second_rows;
+    _tile_loadconfig(&config);
+}
+
+/* Compilers do not know that a tile load reads memory. */
+#define BEFORE_TILE_LOAD() __asm__ volatile("" ::: "memory")
+
+/* Two rows of 16 floats -> 16 pairs (low, high) of bf16: one row of an AMX B operand. */
+static inline __m512i pair_rows(__m512 low, __m512 high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+/* 16 x 16 dwords, in place. */
+static inline void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+/* 2^x, relative error below 2e-7 (a minimax polynomial on [-1/2, 1/2], Lawson's method); 0 for very negative x. */
+static inline __m512 exp2_16(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 part = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(0.00132764718f);
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.00967554133f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.0555071327f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.240221197f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.693146967f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(1.00000007f));
+    return _mm512_scalef_ps(p, whole);
+}
+
+/* x / (1 + exp(-x)) */
+static inline __m512 silu_16(__m512 x) {
+    const __m512 e = exp2_16(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+#endif

@@ -1,0 +1,47 @@
+/* The CPU kernels of distserve, one translation unit: compiled once per machine by build.py, called through ctypes by
+ * bindings.py. Results do not depend on the number of threads, nor on what else is in a batch.
+ */
+#define _GNU_SOURCE
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "common.h"
+
+#include "linear.h"
+
+#include "attention.h"
+
+#define NUMBER float
+#define LOAD(x) (x)
+#define STORE(x) (x)
+#define NAME(x) x##_f32
+#include "pointwise.h"
+
+#define NUMBER bf16
+#define LOAD(x) from_bf16(x)
+#define STORE(x) to_bf16(x)
+#define NAME(x) x##_bf16
+#include "pointwise.h"
+
+EXPORT void ds_set_num_threads(int64_t count) { num_threads = (int)MAX(1, count); }
+
+EXPORT int64_t ds_has_threads(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* Asks the system for the AMX tiles (Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)); `allow` 0 leaves them
+ * alone. Returns whether matrix products run on tiles. Call before threads are started. */
+EXPORT int64_t ds_init(int64_t allow) {
+#ifdef HAVE_AMX
+    tiles_allowed = allow && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return tiles_allowed;
+#else
+    (void)allow;
+    return 0;
+#endif
+}

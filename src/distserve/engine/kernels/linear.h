@@ -1,0 +1,197 @@
+/* Matrix products with weights that were packed for AMX, and the gather of embedding rows out of the packed form.
+ *
+ * Packed weight: [units][steps][2][16][16][2]. A unit is 32 outputs, a step is 32 inputs; within a step lie two 1 KB
+ * tiles of 16 outputs, each 16 rows of input pairs: what TDPBF16PS wants as its B operand, so that a matrix product
+ * reads its weights in one straight line. Plain: output n is tile (n / 16) % 2 of unit n / 32. Gated: a unit holds 16
+ * gate outputs and the 16 up outputs that belong to them. The edges are padded with zeros.
+ *
+ * Each output is one chain of fp32 accumulations over the inputs in order, whatever the number of rows, so a row's
+ * result does not depend on the batch around it.
+ */
+#pragma once
+
+#include "common.h"
+
+enum { OUT_BF16 = 0, OUT_F32 = 1, OUT_GATED = 2 };
+
+typedef struct {
+    const bf16 *weight; /* packed */
+    const bf16 *bias;   /* [num_outputs] or NULL; gated: gate then up */
+    int64_t num_outputs, num_inputs; /* of the unpacked weight */
+    int64_t gated;
+} Packed;
+
+static inline int64_t packed_units(const Packed *w) {
+    return w->gated ? CEIL_DIV(w->num_outputs / 2, 16) : CEIL_DIV(w->num_outputs, 32);
+}
+
+/* Row-major [num_outputs, num_inputs] -> packed. */
+EXPORT void ds_pack(const Packed *shape, const bf16 *weight, bf16 *packed) {
+    const int64_t steps = CEIL_DIV(shape->num_inputs, 32), units = packed_units(shape), half = shape->num_outputs / 2;
+    for (int64_t i = 0; i < units * 2 * steps * 16; i++) {
+        const int64_t column = i % 16, tile = i / 16 % 2, step = i / 32 % steps, unit = i / 32 / steps;
+        int64_t output = unit * 32 + tile * 16 + column, end = shape->num_outputs;
+        if (shape->gated) {
+            output = tile * half + unit * 16 + column;
+            end = tile ? 2 * half : half;
+        }
+        bf16 *to = packed + ((unit * steps + step) * 2 + tile) * 512 + column * 2;
+        for (int64_t k = 0; k < 32; k++) {
+            const int64_t input = step * 32 + k;
+            const int inside = output < end && input < shape->num_inputs;
+            to[k / 2 * 32 + k % 2] = inside ? weight[output * shape->num_inputs + input] : 0;
+        }
+    }
+}
+
+/* Rows `ids` of a plain packed weight -> out [count, num_inputs]. Returns 1 when an id is not a row. */
+EXPORT int64_t ds_gather(const Packed *w, const int64_t *ids, int64_t count, bf16 *out) {
+    const int64_t steps = CEIL_DIV(w->num_inputs, 32);
+    for (int64_t i = 0; i < count; i++) {
+        if (ids[i] < 0 || ids[i] >= w->num_outputs) return 1;
+        const bf16 *from = w->weight + ids[i] / 32 * steps * 1024 + ids[i] / 16 % 2 * 512 + ids[i] % 16 * 2;
+        for (int64_t k = 0; k < w->num_inputs; k++)
+            out[i * w->num_inputs + k] = from[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2];
+    }
+    return 0;
+}
+
+#ifdef HAVE_AMX
+
+#define ROWS_IN_CACHE 512          /* rows of x that are multiplied with all weights before the next ones */
+#define AHEAD 8192                 /* bytes of weight to prefetch ahead of their use */
+
+typedef struct {
+    const Packed *w;
+    int64_t steps;
+    void *out;
+    int64_t mode, out_stride; /* in elements */
+} Product;
+
+/* 32 (or, `rows` <= 16, 16) rows of x times one unit -> sums [32][32]. `b`: the unit's weights. */
+static inline void multiply_unit(const bf16 *x, int64_t stride, int rows, const bf16 *b, int64_t steps, float *sums) {
+    const bf16 *low = x, *high = x + 16 * stride;
+    const size_t bytes = (size_t)stride * 2;
+    BEFORE_TILE_LOAD();
+    _tile_zero(0);
+    _tile_zero(1);
+    if (rows <= 16) {
+        for (int64_t step = 0; step < steps; step++, b += 1024, low += 32) {
+            for (int line = 0; line < 32; line++) _mm_prefetch((const char *)b + AHEAD + line * 64, _MM_HINT_T0);
+            _tile_loadd(4, low, bytes);
+            _tile_loadd(6, b, 64);
+            _tile_loadd(7, b + 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t step = 0; step < steps; step++, b += 1024, low += 32, high += 32) {
+            _tile_loadd(4, low, bytes);
+            _tile_loadd(6, b, 64);
+            _tile_loadd(7, b + 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, high, bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(2, sums + 512, 128);
+        _tile_stored(3, sums + 528, 128);
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+}
+
+static inline __mmask16 lanes(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
+
+static inline __m512 load_bias(const bf16 *bias, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias)), 16));
+}
+
+/* sums [rows][32] of one unit, plus bias, through the epilogue, to rows `row`.. of the output. */
+static inline void write_unit(const Product *p, int64_t unit, int64_t row, int rows, const float *sums) {
+    const Packed *w = p->w;
+    const int64_t width = w->gated ? w->num_outputs / 2 : w->num_outputs;
+    const int64_t first = w->gated ? unit * 16 : unit * 32;
+    const __mmask16 mask0 = lanes(width - first), mask1 = w->gated ? mask0 : lanes(width - first - 16);
+    __m512 bias0 = _mm512_setzero_ps(), bias1 = bias0;
+    if (w->bias) {
+        bias0 = load_bias(w->bias + first, mask0);
+        bias1 = load_bias(w->bias + first + (w->gated ? width : 16), mask1);
+    }
+    for (int i = 0; i < rows; i++) {
+        const __m512 a = _mm512_add_ps(_mm512_load_ps(sums + i * 32), bias0);
+        const __m512 b = _mm512_add_ps(_mm512_load_ps(sums + i * 32 + 16), bias1);
+        const int64_t at = (row + i) * p->out_stride + first;
+        if (p->mode == OUT_GATED) {
+            const __m256bh y = _mm512_cvtneps_pbh(_mm512_mul_ps(silu_16(a), b));
+            _mm256_mask_storeu_epi16((bf16 *)p->out + at, mask0, (__m256i)y);
+        } else if (p->mode == OUT_BF16) {
+            const __m512i y = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+            _mm512_mask_storeu_epi16((bf16 *)p->out + at, (__mmask32)mask0 | (__mmask32)mask1 << 16, y);
+        } else {
+            _mm512_mask_storeu_ps((float *)p->out + at, mask0, a);
+            _mm512_mask_storeu_ps((float *)p->out + at + 16, mask1, b);
+        }
+    }
+}
+
+/* Rows [row, row + rows) of x (at most ROWS_IN_CACHE) times units [first, last). */
+static void multiply_units(const Product *p, const bf16 *x, int64_t stride, int64_t row, int64_t rows, int64_t first,
+                           int64_t last) {
+    float sums[1024] __attribute__((aligned(64)));
+    const int64_t whole = rows / 32 * 32;
+    const int rest = (int)(rows - whole);
+    for (int64_t unit = first; unit < last; unit++) {
+        const bf16 *b = p->w->weight + unit * p->steps * 1024;
+        if (whole) configure_tiles(16, 16);
+        for (int64_t i = 0; i < whole; i += 32) {
+            multiply_unit(x + (row + i) * stride, stride, 32, b, p->steps, sums);
+            write_unit(p, unit, row + i, 32, sums);
+        }
+        if (rest) {
+            if (whole || unit == first) configure_tiles(MIN(rest, 16), MAX(rest - 16, 1));
+            multiply_unit(x + (row + whole) * stride, stride, rest, b, p->steps, sums);
+            write_unit(p, unit, row + whole, rest, sums);
+        }
+    }
+}
+
+/* x [rows, num_inputs] -> out [rows, num_outputs] (gated: [rows, num_outputs / 2]); rows `stride`, `out_stride` elements
+ * apart. */
+EXPORT void ds_linear(const Packed *w, const bf16 *x, int64_t stride, int64_t rows, void *out, int64_t out_stride,
+                      int64_t mode) {
+    if (rows <= 0) return;
+    const Product product = {w, CEIL_DIV(w->num_inputs, 32), out, mode, out_stride};
+    const int64_t units = packed_units(w);
+    bf16 *padded = NULL;
+    if (w->num_inputs % 32) { /* tiles read whole steps: the rest of a row must be there, and must be no NaN */
+        const int64_t width = product.steps * 32;
+        padded = aligned_alloc(64, (size_t)(CEIL_DIV(rows * width * 2, 64) * 64));
+        if (!padded) abort();
+        for (int64_t i = 0; i < rows; i++) {
+            memcpy(padded + i * width, x + i * stride, (size_t)w->num_inputs * 2);
+            memset(padded + i * width + w->num_inputs, 0, (size_t)(width - w->num_inputs) * 2);
+        }
+        x = padded;
+        stride = width;
+    }
+    OMP(omp parallel num_threads(num_threads) if (num_threads > 1)) {
+        for (int64_t row = 0; row < rows; row += ROWS_IN_CACHE) {
+            const int64_t count = MIN(ROWS_IN_CACHE, rows - row);
+            int64_t first = 0, last = units;
+#ifdef _OPENMP
+            const int64_t team = omp_get_num_threads(), member = omp_get_thread_num();
+            first = units * member / team;
+            last = units * (member + 1) / team;
+#endif
+            multiply_units(&product, x, stride, row, count, first, last);
+        }
+        _tile_release();
+    }
+    free(padded);
+}
+
+#endif
