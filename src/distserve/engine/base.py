@@ -20,7 +20,7 @@ class EngineResult:
 
     @property
     def ended(self) -> set[int]:
-        return {i for i, token in self.tokens.items() if token.finish is not None}
+        return {i for i, token in self.tokens.items() if token.finish is not None} | self.failures.keys()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 
 from distserve.engine.base import EngineResult, Executor
@@ -25,7 +25,9 @@ from distserve.serve.messages import (
     Drained,
     Event,
     Failure,
+    Meet,
     Name,
+    Part,
     Pulled,
     Release,
     Step,
@@ -87,7 +89,7 @@ class InstanceLoop:
         self._wake = asyncio.Event()
         self._stopping = False
         self._draining = False
-        self._pulls: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # pulls and first contacts
         self._pace = Pace()
         self._step_started = 0.0
         self._step_tokens = 0
@@ -118,9 +120,9 @@ class InstanceLoop:
             result = await self._execute(batch, now)
             self._tell(self._scheduler.complete(batch, result, self._clock()), result)
             self._flush(batch.num_tokens, result.seconds)
-        for task in self._pulls:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._pulls, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _execute(self, batch: Batch, now: float) -> EngineResult:
         for sequence, _ in batch.items:
@@ -150,13 +152,14 @@ class InstanceLoop:
             live = self._live.get(sequence.id)
             if live is None:
                 continue
-            token = result.tokens[sequence.id]
+            token = result.tokens.get(sequence.id)
+            if token is None:
+                self._failures.append(Failure(*live.name, "engine", result.failures[sequence.id]))
+                continue
             handle = self._publish(live) if sequence.id in held else None
             self._events.append(Event(*live.name, token, handle))
             if not live.timed:
                 self._time(live)
-        for failed, text in result.failures.items():
-            self._fail(failed, "engine", text)
         for sequence in outcome.finished:
             self._executor.forget(sequence.id)
             self._live.pop(sequence.id, None)
@@ -186,13 +189,6 @@ class InstanceLoop:
             self._executor.forget(sequence.id)
             self._live.pop(sequence.id, None)
 
-    def _fail(self, key: int, kind: str, text: str, reason: str = "") -> None:
-        """Reports an attempt that ends here without an answer and lets go of all it held."""
-        live = self._live.get(key)
-        if live is not None:
-            self._failures.append(Failure(*live.name, kind, text, reason))
-            self._forget(self._scheduler.abort(key, self._clock()))
-
     def _flush(self, num_batched_tokens: int = 0, seconds: float = 0.0) -> None:
         if num_batched_tokens or self._events or self._pulled or self._failures:
             load = self._scheduler.load()
@@ -209,9 +205,12 @@ class InstanceLoop:
         for sequence in scheduler.next_pulls(now):
             live = self._live[sequence.id]
             live.started = now
-            task = asyncio.create_task(self._pull(live, scheduler, self._wiring.transport))
-            self._pulls.add(task)
-            task.add_done_callback(self._pulls.discard)
+            self._background(self._pull(live, scheduler, self._wiring.transport))
+
+    def _background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _pull(self, live: _Live, scheduler: PullingScheduler, transport: Transport) -> None:
         """One request's KV. A transport's failure or a digest that differs is tried once more; what else can happen will
@@ -257,6 +256,10 @@ class InstanceLoop:
                 self._release(_key(name))
             case Audit(names=names):
                 self._audit({_key(name): name for name in names})
+            case Meet(sources=sources):
+                self._meet(sources)
+            case Part(instance=instance, source_epoch=epoch):
+                self._part(instance, epoch)
             case Drain():
                 self._draining = True
             case Stop():
@@ -300,6 +303,27 @@ class InstanceLoop:
             scheduler: HoldingScheduler = self._scheduler  # type: ignore[assignment]  # only prefill holds
             self._forget(scheduler.release(key, self._clock()))
 
+    def _meet(self, sources: list[KVSource]) -> None:
+        if self._wiring.transport is not None:
+            for source in sources:
+                self._background(self._connect(self._wiring.transport, source))
+
+    async def _connect(self, transport: Transport, source: KVSource) -> None:
+        try:
+            await transport.connect(source)
+        except PullError as error:
+            log.warning("no contact with %s yet: %s", source.instance, error)  # its first pull will try again, and tell
+
+    def _part(self, instance: str, epoch: int) -> None:
+        """A source died. Pulls on their way fail by themselves; those that wait fail now."""
+        if self._wiring.transport is None:
+            return
+        self._wiring.transport.disconnect(instance, epoch)
+        for key, live in list(self._live.items()):
+            if live.handle is not None and live.handle.source.epoch == epoch and live.sequence.state is State.WAITING:
+                self._failures.append(Failure(*live.name, "pull", f"{instance} died before the pull", "gone"))
+                self._drop(key)
+
     def _audit(self, believed: dict[int, Name]) -> None:
         now = self._clock()
         for key in self._live.keys() - believed.keys():
@@ -316,5 +340,3 @@ class InstanceLoop:
 
 def _key(name: Name) -> int:
     return name[0] << ATTEMPT_BITS | name[1]
-
-

@@ -1,6 +1,6 @@
 """What gateway and instances say to each other, as msgpack. Data only: no socket, no behaviour.
 
-    gateway -> instance   Submit, Abort, Release, Audit, Drain, Stop
+    gateway -> instance   Submit, Abort, Release, Audit, Meet, Part, Drain, Stop
     instance -> gateway   Loading, Ready, Fatal, Step (once a step), Beat, Unknown, Drained
     decode -> prefill     Pulled
 
@@ -46,6 +46,19 @@ class Audit(Message, frozen=True):
     known here comes back in `Unknown`. Heals whatever a lost message broke."""
 
     names: list[Name]
+
+
+class Meet(Message, frozen=True):
+    """To the decode side: KV will be pulled from these; make first contact now."""
+
+    sources: list[KVSource]
+
+
+class Part(Message, frozen=True):
+    """To the decode side: this epoch is over; what waits to be pulled from it never will be."""
+
+    instance: str
+    source_epoch: int
 
 
 class Drain(Message, frozen=True):
@@ -143,7 +156,7 @@ class Pulled(Message, frozen=True):
     name: Name
 
 
-ToInstance = Submit | Abort | Release | Audit | Drain | Stop | Pulled
+ToInstance = Submit | Abort | Release | Audit | Meet | Part | Drain | Stop | Pulled
 ToGateway = Loading | Ready | Fatal | Step | Beat | Unknown | Drained
 
 encode = msgspec.msgpack.Encoder().encode

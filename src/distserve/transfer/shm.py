@@ -8,7 +8,7 @@ digest. It knows no scheduler and no message: who may free what, and when, is `s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,7 +21,7 @@ from distserve.transfer.base import KVHandle, KVSource
 from distserve.transfer.memory import SharedMemory, attach
 
 Bytes = NDArray[np.uint8]
-Stage = Callable[[Sequence[int]], None]  # moves blocks between the device and its host copy; nothing to do on a CPU
+Stage = Callable[[list[int]], None]  # moves blocks between the device and its host copy; nothing to do on a CPU
 
 
 def _digest(block: Bytes) -> int:
@@ -39,7 +39,7 @@ class ShmSource:
         self._blocks = _as_blocks(memory.buffer, num_blocks, layout)
         self.location = ";".join((memory.path, str(num_blocks), self._counts.path))
 
-    def publish(self, blocks: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def publish(self, blocks: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self._stage is not None:
             self._stage(blocks)
         return tuple(self.generations[b] for b in blocks), tuple(_digest(self._blocks[b]) for b in blocks)
@@ -80,7 +80,9 @@ class ShmTransport:
         if key in self._attached:
             return
         if source.layout != self._layout:
-            raise PullError(f"{source.instance} lays out KV as {source.layout}, this instance as {self._layout}", "transport")
+            raise PullError(
+                f"{source.instance} lays out KV as {source.layout}, this instance as {self._layout}", "transport"
+            )
         self._attached[key] = await asyncio.get_running_loop().run_in_executor(self._thread, _Attached, source)
 
     async def pull(self, handle: KVHandle, into: list[int]) -> int:
@@ -106,7 +108,9 @@ class ShmTransport:
         if any(attached.generations[b] != g for b, g in zip(handle.blocks, handle.generations, strict=True)):
             raise PullError(f"{handle.source.instance} reused the blocks of request {handle.request}", "generation")
         if damaged:
-            raise PullError(f"the KV of request {handle.request} is not what {handle.source.instance} computed", "digest")
+            raise PullError(
+                f"the KV of request {handle.request} is not what {handle.source.instance} computed", "digest"
+            )
         if self._stage is not None:
             self._stage(into)
 

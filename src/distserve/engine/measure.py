@@ -1,0 +1,47 @@
+"""Measures what a scheduler should know of this device, with the engine itself: today the knee Lm.
+
+Lm is the number of prompt tokens that saturates the device (DistServe, OSDI'24, section 3.1): below it a larger batch is
+nearly free, beyond it a batch only makes its members wait for each other.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+from distserve.engine.base import Executor
+from distserve.request import Request, SamplingParams
+from distserve.sched.base import Batch, Sequence
+
+SIZES = (32, 64, 128, 256, 512, 1024, 2048)  # tokens tried
+GAIN = 1.1  # the knee is where twice the tokens give less than this times the tokens per second
+BUDGET = 1.5  # seconds; a device that needs longer is past its knee or will be measured by `distserve profile`
+
+
+async def measure_knee(executor: Executor) -> int:
+    """Tokens of a prefill batch beyond which it hardly gets more efficient. Uses the KV pool, which must be idle."""
+    pace: dict[int, float] = {}
+    began = time.monotonic()
+    for size in SIZES:
+        if size > executor.max_model_len or size > executor.num_blocks * executor.block_size:
+            break
+        pace[size] = size / await _time_prompt(executor, size)
+        if time.monotonic() - began > BUDGET:
+            break
+    for (small, slow), (_, fast) in pairwise(pace.items()):
+        if fast < GAIN * slow:
+            return small
+    return max(pace, default=executor.max_model_len)
+
+
+async def _time_prompt(executor: Executor, size: int) -> float:
+    """Seconds that a prompt of `size` tokens takes alone."""
+    num_blocks = -(-size // executor.block_size)
+    key = -1  # no request has it
+    executor.add(Request(key, [1] * size, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)))
+    try:
+        began = time.perf_counter()
+        await executor.execute(Batch(0, [(Sequence(key, size, blocks=list(range(num_blocks))), size)]))
+        return time.perf_counter() - began
+    finally:
+        executor.forget(key)

@@ -1,0 +1,33 @@
+"""What an instance's process is told when it starts: one line of JSON on its standard input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from distserve.engine.base import EngineOptions
+from distserve.plan import Policy, Role
+from distserve.sched.policy import ColocatedPolicy, DecodePolicy, PrefillPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceConfig:
+    """One instance of one epoch."""
+
+    name: str
+    role: Role
+    epoch: int
+    gateway: str  # ZeroMQ address of the switchboard
+    notices: str  # ZeroMQ address at which this instance takes pulled notices
+    engine: EngineOptions
+    policy: Policy = Policy.CHUNKED  # colocated only
+    max_batch_tokens: int | None = None  # tokens of a batch (colocated, chunked: of a step); None: the knee, measured
+    prefill: PrefillPolicy = field(default_factory=PrefillPolicy)
+    decode: DecodePolicy = field(default_factory=DecodePolicy)
+    colocated: ColocatedPolicy = field(default_factory=ColocatedPolicy)
+    log_level: str = "info"
+
+
+encode_config = msgspec.json.Encoder().encode
+decode_config = msgspec.json.Decoder(InstanceConfig).decode

@@ -1,0 +1,138 @@
+"""All instances of a server: their processes, the one socket to them, and the timers that keep them honest.
+
+Starts them together, watches for hangs, introduces the decode side to the sources of KV, reconciles once a second what each
+side believes to be alive, and takes everything down again. It routes no request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from distserve.errors import DistserveError, UsageError
+from distserve.plan import Role
+from distserve.serve.config import InstanceConfig, encode_config
+from distserve.serve.messages import Loading, Meet, Part
+from distserve.serve.rpc import RemoteInstance
+from distserve.serve.supervisor import Supervisor
+from distserve.serve.switchboard import Switchboard
+from distserve.serve.telemetry import Telemetry
+
+TICK = 0.25  # seconds between looks at the instances
+AUDIT = 1.0  # seconds between reconciliations; well below any lease
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """An instance to start. `configure(epoch, gateway address, notices address)` tells its process what to be."""
+
+    name: str
+    role: Role
+    configure: Callable[[int, str, str], InstanceConfig]
+    num_threads: int = 1
+
+
+class Fleet:
+    """`on_change(remote)` hears of every instance that became ready or was lost, `on_loading` of progress."""
+
+    def __init__(self, starts: list[Start], on_loading: Callable[[RemoteInstance, Loading], None]) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="distserve-"))  # mode 0700: nobody else may speak to the instances
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._switchboard = Switchboard(self._context, f"ipc://{self._folder}/gateway")
+        self.remotes = [RemoteInstance(start.name, start.role, time.monotonic) for start in starts]
+        self.supervisors = [self._supervisor(*pair) for pair in zip(self.remotes, starts, strict=True)]
+        self._known: dict[str, int] = {}  # by name: the epoch that the decode side was introduced to
+        self.on_change: Callable[[RemoteInstance], None] | None = None
+        for remote in self.remotes:
+            remote.on_change = lambda remote=remote: self._changed(remote)  # type: ignore[misc]
+            remote.on_loading = lambda message, remote=remote: on_loading(remote, message)  # type: ignore[misc]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _supervisor(self, remote: RemoteInstance, start: Start) -> Supervisor:
+        def configure(epoch: int) -> bytes:
+            notices = f"ipc://{self._folder}/{start.name}.{epoch}"
+            return encode_config(start.configure(epoch, self._switchboard.address, notices))
+
+        environ = dict(os.environ)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported, before anybody can be told
+            environ[name] = str(start.num_threads)
+        return Supervisor(remote, self._switchboard, configure, environ)
+
+    def observe(self, telemetry: Telemetry) -> None:
+        """Passes on what the instances report of themselves."""
+        for remote, supervisor in zip(self.remotes, self.supervisors, strict=True):
+            telemetry.add_instance(remote.name, remote.role, remote.load, lambda r=remote: r.alive)  # type: ignore[misc]
+            remote.on_step = lambda r, step: telemetry.observe_step(
+                r.name, r.role, step.num_batched_tokens, step.seconds
+            )
+            remote.on_timing = lambda r, timing: telemetry.observe_timing(r.role, timing)
+            supervisor.on_restart = telemetry.restarts.labels(telemetry.model, remote.name, remote.role).inc
+
+    def start(self) -> None:
+        self._switchboard.start()
+        timers: list[Callable[[], Awaitable[None]]] = [self._watch, self._audit]
+        runs = [supervisor.run for supervisor in self.supervisors]
+        self._tasks = [asyncio.ensure_future(work()) for work in (*timers, *runs)]
+
+    async def wait_ready(self) -> None:
+        """Until every instance is ready. Raises `UsageError` where one says that the user can mend it, `DistserveError`
+        where it cannot start for another reason."""
+        while not all(remote.alive for remote in self.remotes):
+            for remote in self.remotes:
+                if remote.fatal is not None:
+                    kind = UsageError if remote.fatal.usage else DistserveError
+                    raise kind(remote.fatal.text if remote.fatal.usage else f"{remote.name}: {remote.fatal.text}")
+            await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        """Ends every process and leaves nothing behind. Idempotent."""
+        await asyncio.gather(*(supervisor.stop() for supervisor in self.supervisors))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        self._switchboard.close()
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _watch(self) -> None:
+        """Where this timer itself comes late, the machine or this process stood still: no instance is blamed for that."""
+        due = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now < due + TICK:
+                for supervisor in self.supervisors:
+                    supervisor.watch(now)
+            due = now + TICK
+            await asyncio.sleep(TICK)
+
+    async def _audit(self) -> None:
+        while True:
+            await asyncio.sleep(AUDIT)
+            for remote in self.remotes:
+                remote.audit()
+
+    def _changed(self, changed: RemoteInstance) -> None:
+        """Introduces new sources of KV to the decode side, and tells it of those that are over."""
+        decoders = [remote for remote in self.remotes if remote.role is Role.DECODE and remote.alive]
+        if changed.role is Role.DECODE and changed in decoders:
+            sources = [r.ready.source for r in self.remotes if r.role is Role.PREFILL and r.ready is not None]
+            changed.tell(Meet(changed.epoch, sources))
+        elif changed.role is Role.PREFILL:
+            if changed.ready is not None:
+                self._known[changed.name] = changed.epoch
+                for decoder in decoders:
+                    decoder.tell(Meet(decoder.epoch, [changed.ready.source]))
+            elif (epoch := self._known.pop(changed.name, None)) is not None:
+                for decoder in decoders:
+                    decoder.tell(Part(decoder.epoch, changed.name, epoch))
+        if self.on_change is not None:
+            self.on_change(changed)

@@ -1,0 +1,242 @@
+r"""A request's way through the instances, written once as straight-line code: prefill, hand-off, decode, try again.
+
+    ADMITTED -> PREFILLING -> HANDED_OFF -> DECODING -> DONE
+        \__________\_____________\____________\-> RETRY (next attempt: generated tokens become prompt) or FAILED
+
+Only the gateway starts attempts. It knows instances by their contract (`base.py`), no process, no socket and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from distserve.errors import InstanceError, InstanceGone, OverloadedError, PullError, UnavailableError
+from distserve.plan import Role
+from distserve.request import Request, Token
+from distserve.sched.router import Candidate, Router
+from distserve.serve.base import Handoff, Instance
+from distserve.serve.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLimits:
+    """When to give up. Whom not to let in is `sched.policy.AdmissionPolicy`."""
+
+    max_attempts: int = 4  # of one request
+    restart_deadline: float = 30.0  # seconds a running request waits for an instance to come back
+
+
+class Gateway:
+    """Admits, routes, retries. `generate` is all that the API calls."""
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        router: Router,
+        telemetry: Telemetry,
+        clock: Callable[[], float],
+        limits: GatewayLimits | None = None,
+    ) -> None:
+        self.instances = instances
+        self.max_model_len = 0  # both set by the launcher once the instances have told what they can hold
+        self.max_kv_tokens: int | None = None
+        self._router = router
+        self._telemetry = telemetry
+        self._clock = clock
+        self._limits = limits or GatewayLimits()
+        self._ids = itertools.count(1)
+        self.num_live = 0
+        self._mean_seconds = 1.0  # from a request's admission to its end, over the last requests
+        self._changed = asyncio.Event()  # an instance came or went; replaced each time
+        self._closing = False
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def ready(self) -> bool:
+        return not self._closing and self._has_prefill() and self._has_decode()
+
+    def status(self) -> dict[str, object]:
+        """What `/health` tells beside yes or no."""
+        down = [instance.name for instance in self.instances if not instance.alive]
+        missing = [
+            str(role)
+            for role, there in ((Role.PREFILL, self._has_prefill()), (Role.DECODE, self._has_decode()))
+            if not there
+        ]
+        return {"missing": missing, "instances_down": down, "draining": self._closing, "requests": self.num_live}
+
+    def changed(self) -> None:
+        """An instance became ready or was lost: whoever waits for one looks again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def close_door(self) -> None:
+        """No new requests; those that run go on."""
+        self._closing = True
+
+    def _alive(self, *roles: Role) -> list[Instance]:
+        return [instance for instance in self.instances if instance.role in roles and instance.alive]
+
+    def _has_prefill(self) -> bool:
+        return bool(self._alive(Role.PREFILL, Role.COLOCATED))
+
+    def _has_decode(self) -> bool:
+        return bool(self._alive(Role.DECODE, Role.COLOCATED))
+
+    # -- one request --------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> AsyncGenerator[list[Token], None]:
+        """Tokens as they arrive. Raises `RequestError`, `OverloadedError`, `UnavailableError`, `InstanceError`."""
+        self._admit(request)
+        request.arrival = last = self._clock()
+        self.num_live += 1
+        first = 0.0
+        try:
+            async with aclosing(self._attempts(request)) as attempts:
+                async for tokens in attempts:
+                    now = self._clock()
+                    if not first:
+                        first = now
+                        self._telemetry.ttft.observe(now - request.arrival)
+                    else:
+                        self._telemetry.gap.observe(now - last)
+                    last = now
+                    if (finish := tokens[-1].finish) is not None:
+                        lengths = len(request.prompt), len(request.output)
+                        self._telemetry.observe_end(finish, *lengths, now - request.arrival, now - first)
+                    yield tokens
+        except GeneratorExit:
+            self._telemetry.ended_early()
+            raise
+        except Exception as error:
+            self._telemetry.observe_failure(type(error).__name__)
+            raise
+        finally:
+            self.num_live -= 1
+            self._mean_seconds += 0.1 * (self._clock() - request.arrival - self._mean_seconds)
+            self._telemetry.prompt_tokens.inc(len(request.prompt))
+            self._telemetry.output_tokens.inc(len(request.output))
+
+    def _admit(self, request: Request) -> None:
+        if self._closing:
+            raise UnavailableError("the server is shutting down", 5.0)
+        if not self.ready():
+            missing = self.status()["missing"]
+            raise UnavailableError(f"no instance is up for: {', '.join(missing)}", 2.0)  # type: ignore[arg-type]
+        admission = self._router.admit(
+            request.num_tokens,
+            [self._candidate(instance) for instance in self._alive(Role.PREFILL, Role.COLOCATED)],
+            num_requests=self.num_live,
+            mean_seconds=self._mean_seconds,
+        )
+        if admission.retry_after is not None:
+            self._telemetry.observe_failure("refused")
+            raise OverloadedError(f"the server is at its limit: {admission.reason}", admission.retry_after)
+
+    async def _attempts(self, request: Request) -> AsyncGenerator[list[Token], None]:
+        """Attempts until one ends. A token is passed on once: a retry goes on behind `request.output`."""
+        while True:
+            try:
+                async with aclosing(self._attempt(request)) as attempt:
+                    async for tokens in attempt:
+                        request.output.extend(token.id for token in tokens)
+                        yield tokens
+                        if tokens[-1].finish is not None:
+                            return
+                raise InstanceError(f"attempt {request.attempt} ended without a last token")
+            except InstanceError as error:
+                if isinstance(error, PullError):
+                    self._telemetry.observe_pull_failure(error.reason)
+                if request.attempt >= self._limits.max_attempts:
+                    raise InstanceError(f"gave up after {request.attempt} attempts; the last: {error}") from error
+                log.warning("request %d, attempt %d: %s; trying again", request.id, request.attempt, error)
+                self._telemetry.observe_retry(type(error).__name__)
+                request.attempt += 1
+
+    async def _attempt(self, request: Request) -> AsyncGenerator[list[Token], None]:
+        first = await self._pick_first(request)
+        if first.role is not Role.PREFILL:
+            stream = first.decode(request, None)
+            try:
+                async for tokens in stream:
+                    yield tokens
+            finally:
+                stream.close()
+            return
+        handoff = await first.prefill(request)
+        yield [handoff.token]
+        if handoff.handle is not None:
+            async with aclosing(self._decode(request, handoff, first)) as decoding:
+                async for tokens in decoding:
+                    yield tokens
+
+    async def _decode(self, request: Request, handoff: Handoff, prefill: Instance) -> AsyncGenerator[list[Token], None]:
+        """Offers the hand-off to decode instances until one has pulled it; whoever pulled it decodes it."""
+        assert handoff.handle is not None
+        pulled = False
+        try:
+            while True:
+                decoder = await self._pick_decode(request)
+                try:
+                    stream = decoder.decode(request, handoff.handle)
+                    try:
+                        async for tokens in stream:
+                            yield tokens
+                        return
+                    finally:
+                        pulled = stream.pulled
+                        stream.close()
+                except InstanceGone:
+                    if pulled or not prefill.holds(handoff.handle):
+                        raise
+                    log.warning("request %d: %s died before its pull; offered to another", request.id, decoder.name)
+        finally:
+            if not pulled:
+                prefill.release(handoff.handle)
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    async def _pick_first(self, request: Request) -> Instance:
+        """Who computes the prompt. A retry may also go to a decode instance, which can compute what it cannot pull."""
+
+        def candidates() -> list[Instance]:
+            roles = [Role.COLOCATED, *([Role.PREFILL] if self._alive(Role.DECODE) else [])]
+            return self._alive(*roles) or (self._alive(Role.DECODE) if request.attempt > 1 else [])
+
+        return await self._pick(candidates, lambda found: self._router.pick_prefill(request.num_tokens, found))
+
+    async def _pick_decode(self, request: Request) -> Instance:
+        return await self._pick(
+            lambda: self._alive(Role.DECODE), lambda found: self._router.pick_decode(request.num_tokens, found)
+        )
+
+    async def _pick(
+        self, candidates: Callable[[], list[Instance]], choose: Callable[[list[Candidate]], str | None]
+    ) -> Instance:
+        """Waits for an instance, but no longer than one needs to come back."""
+        deadline = self._clock() + self._limits.restart_deadline
+        while True:
+            found = {instance.name: instance for instance in candidates()}
+            name = choose([self._candidate(instance) for instance in found.values()])
+            if name is not None:
+                return found[name]
+            remaining = deadline - self._clock()
+            if remaining <= 0:
+                raise UnavailableError("no instance came back in time")
+            try:
+                await asyncio.wait_for(self._changed.wait(), remaining)
+            except TimeoutError:
+                continue
+
+    def _candidate(self, instance: Instance) -> Candidate:
+        return Candidate(instance.name, instance.load(), instance.tokens_per_second)

@@ -1,0 +1,186 @@
+"""The one place that names implementations: from what the user asked for to processes, and inside a process to its parts.
+
+`serve` runs the gateway; `python -m distserve.serve.launch` is an instance's process (started by the gateway only). Each
+imports what it needs when it needs it: the gateway must stay small, an instance must start quickly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+
+from distserve.plan import Plan, Policy, Role, default_plan
+from distserve.sched.base import Scheduler
+from distserve.sched.blocks import BlockPool
+from distserve.serve.config import InstanceConfig
+from distserve.serve.fleet import Start
+from distserve.serve.options import DEMO_MODEL, ServeOptions
+from distserve.serve.process import Parts, SharingExecutor, main
+from distserve.specs import ModelSpec
+
+log = logging.getLogger(__name__)
+
+BANNER = """
+distserve is ready at {url}  (model {model}; {instances})
+
+Ask it something:
+
+  curl {url}/v1/chat/completions -H 'content-type: application/json'{curl_key} \\
+    -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+or from Python (pip install openai):
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="{key}")
+  question = [{{"role": "user", "content": "What is the capital of France?"}}]
+  print(client.chat.completions.create(model="{model}", messages=question).choices[0].message.content)
+
+Metrics: {url}/metrics    Health: {url}/health    API: {url}/docs    Stop: Ctrl-C
+"""
+
+
+# -- the gateway's process ----------------------------------------------------------------------------------------------
+
+
+def serve(options: ServeOptions) -> int:
+    """Serves until a signal; returns the exit status. Raises `UsageError` with the cure for everything that the user can mend."""
+    from distserve.engine import hub
+    from distserve.serve.deployment import starts
+    from distserve.serve.server import bind
+
+    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
+    plan = Plan.load(options.plan) if options.plan else default_plan()
+    model = options.model or plan.model or DEMO_MODEL
+    with bind(options.host, options.port) as listener:
+        path = hub.resolve(model)
+        spec = hub.read_spec(path)
+        found = starts(options, plan, str(path), spec)
+        names = options.served_model_names or (model,)
+        _event_loop()(_serve(options, names, str(path), spec, found, listener))
+    return 0
+
+
+def _event_loop() -> Callable[..., None]:
+    try:
+        import uvloop
+    except ImportError:  # not made for every platform; asyncio's own loop does the same, slower
+        return asyncio.run
+    return uvloop.run
+
+
+async def _serve(
+    options: ServeOptions, names: Sequence[str], path: str, spec: ModelSpec, found: list[Start], listener: socket.socket
+) -> None:
+    from distserve.sched.policy import AdmissionPolicy
+    from distserve.sched.router import Router
+    from distserve.serve.api import ApiOptions, build_app
+    from distserve.serve.fleet import Fleet
+    from distserve.serve.gateway import Gateway
+    from distserve.serve.server import LoadingDisplay, Server
+    from distserve.serve.telemetry import Telemetry
+    from distserve.serve.tokens import load_tokenizer
+
+    display = LoadingDisplay([start.name for start in found])
+    telemetry = Telemetry(names[0])
+    fleet = Fleet(found, display.show)
+    admission = AdmissionPolicy(max_requests=options.max_queue) if options.max_queue else AdmissionPolicy()
+    gateway = Gateway(fleet.remotes, Router(admission), telemetry, time.monotonic)
+    gateway.max_model_len = options.max_model_len or spec.max_model_len
+    fleet.on_change = lambda remote: _changed(gateway, fleet)
+    fleet.observe(telemetry)
+    fleet.start()
+    try:
+        tokenizer = await asyncio.to_thread(load_tokenizer, path)
+        api = ApiOptions(
+            models=tuple(names), version=version("distserve"), root=path, api_keys=options.api_keys, metrics=telemetry.render
+        )
+        server = Server(build_app(gateway, tokenizer, api), listener, fleet, gateway, options.shutdown_timeout)
+        await server.run(_banner(options, names[0], found, listener), display)
+    finally:
+        display.close()
+        await fleet.stop()
+
+
+def _changed(gateway: Gateway, fleet: Fleet) -> None:
+    """The longest sequence is what every instance can hold: a request may be sent to any of them."""
+    lengths = [remote.ready.max_model_len for remote in fleet.remotes if remote.ready is not None]
+    if lengths:
+        gateway.max_kv_tokens = min(lengths)
+    gateway.changed()
+
+
+def _banner(options: ServeOptions, model: str, found: list[Start], listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"
+    return BANNER.format(
+        url=url,
+        model=model,
+        instances=", ".join(start.name for start in found),
+        curl_key=" -H 'authorization: Bearer $DISTSERVE_API_KEY'" if options.api_keys else "",
+        key="YOUR-KEY" if options.api_keys else "none",
+    )
+
+
+# -- an instance's process ----------------------------------------------------------------------------------------------
+
+
+async def _build(config: InstanceConfig, progress: Callable[[float, str], None]) -> Parts:
+    """The executor, started; then the scheduler and transport of the role over its KV memory."""
+    from distserve.engine.measure import measure_knee
+    from distserve.transfer.memory import SharedMemory
+    from distserve.transfer.shm import ShmSource, ShmTransport
+
+    memories: list[SharedMemory] = []
+
+    def allocate(size: int) -> memoryview:
+        memories.append(SharedMemory(size))
+        return memories[-1].buffer
+
+    executor = _executor(config, allocate)
+    await executor.start(progress)
+    (memory,) = memories
+    size = executor.num_blocks
+    knee = config.max_batch_tokens
+    if knee is None and config.role is not Role.DECODE:
+        progress(0.95, "measuring the knee")
+        knee = await measure_knee(executor)
+        log.info("the knee is %d tokens: prompts are batched up to it", knee)
+    publisher = ShmSource(memory, size, executor.layout, executor.export_blocks)
+    transport = (
+        ShmTransport(memory, size, executor.layout, executor.import_blocks) if config.role is Role.DECODE else None
+    )
+    pool = BlockPool(size, executor.block_size, publisher.generations)
+    return Parts(_scheduler(config, pool, knee), executor, publisher, transport, executor.layout)
+
+
+def _executor(config: InstanceConfig, allocate: Callable[[int], memoryview]) -> SharingExecutor:
+    from distserve.engine.executor import LocalExecutor
+
+    return LocalExecutor(config.engine, allocate)
+
+
+def _scheduler(config: InstanceConfig, pool: BlockPool, knee: int | None) -> Scheduler:
+    from distserve.sched.colocated import ChunkedScheduler, PrefillFirstScheduler
+    from distserve.sched.decode import DecodeScheduler
+    from distserve.sched.prefill import PrefillScheduler
+
+    if config.role is Role.PREFILL:
+        return PrefillScheduler(pool, replace(config.prefill, max_batch_tokens=knee or config.prefill.max_batch_tokens))
+    if config.role is Role.DECODE:
+        return DecodeScheduler(pool, config.decode)
+    policy = config.colocated
+    if config.policy is Policy.PREFILL_FIRST:
+        tokens = knee or policy.max_batch_tokens
+        return PrefillFirstScheduler(pool, replace(policy, policy="prefill-first", max_batch_tokens=tokens))
+    tokens = max(knee or policy.chunk_tokens, policy.max_batch_size)
+    return ChunkedScheduler(pool, replace(policy, policy="chunked", chunk_tokens=tokens))
+
+
+if __name__ == "__main__":
+    sys.exit(main(_build))

@@ -1,0 +1,179 @@
+"""The inside of an instance's process: from one line of configuration to a running `InstanceLoop`, and out again.
+
+Its standard input is its life line: when that pipe ends, the gateway is no more, and so is this process. It ignores the
+terminal's and the service manager's signals, because the gateway drains first and then tells it to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Protocol
+
+import zmq
+
+from distserve.engine.base import Executor
+from distserve.errors import UsageError
+from distserve.sched.base import Scheduler
+from distserve.serve.config import InstanceConfig, decode_config
+from distserve.serve.endpoint import Endpoint
+from distserve.serve.instance import InstanceLoop, Wiring
+from distserve.serve.messages import Fatal, Loading, Pulled, Ready, ToGateway, decode_to_instance, encode
+from distserve.serve.supervisor import BEAT
+from distserve.serve.switchboard import identity
+from distserve.specs import KVLayout
+from distserve.transfer.base import KVSource, Source, Transport
+
+log = logging.getLogger(__name__)
+
+FAREWELL = 1000  # milliseconds that last words may take to leave
+
+
+class SharingExecutor(Executor, Protocol):
+    """An executor whose KV memory others can read."""
+
+    layout: KVLayout
+
+    def export_blocks(self, blocks: list[int]) -> None: ...
+
+    def import_blocks(self, blocks: list[int]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What `launch.py` builds for a configuration, once the executor has started."""
+
+    scheduler: Scheduler
+    executor: Executor
+    publisher: Source
+    transport: Transport | None
+    layout: KVLayout
+
+
+Build = Callable[[InstanceConfig, Callable[[float, str], None]], Coroutine[None, None, Parts]]
+
+
+def main(build: Build) -> int:
+    """The whole life of the process; returns its exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
+    config = decode_config(sys.stdin.buffer.readline())
+    logging.basicConfig(
+        level=config.log_level.upper(), format=f"%(levelname)s {config.name}: %(message)s", stream=sys.stderr
+    )
+    if config.engine.cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, config.engine.cores)
+    return asyncio.run(_Process(config).run(build))
+
+
+def _die_with_parent() -> None:
+    """Linux: should the gateway be killed while this process cannot look at its life line, the kernel ends it."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+class _Process:
+    def __init__(self, config: InstanceConfig) -> None:
+        self._config = config
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._line = Endpoint(self._context, zmq.DEALER, self._from_gateway)
+        self._notices = Endpoint(self._context, zmq.PULL, self._from_decode)
+        self._notified: dict[str, Endpoint] = {}
+        self._loop: InstanceLoop | None = None
+
+    async def run(self, build: Build) -> int:
+        config = self._config
+        self._line.connect(config.gateway, identity(config.name, config.epoch))
+        self._line.start()
+        self._notices.bind(config.notices)
+        orphaned = asyncio.create_task(_pipe_end(sys.stdin.buffer))
+        work = asyncio.create_task(self._work(build))
+        await asyncio.wait((orphaned, work), return_when=asyncio.FIRST_COMPLETED)
+        try:
+            if not work.done():
+                log.warning("the gateway is gone; leaving")
+                work.cancel()
+                await asyncio.wait((work,))
+                return 0
+            return work.result()
+        finally:
+            orphaned.cancel()
+            for endpoint in (self._notices, *self._notified.values()):
+                endpoint.close()
+            self._line.close(FAREWELL)
+            self._context.term()
+
+    async def _work(self, build: Build) -> int:
+        config = self._config
+        try:
+            parts = await build(config, lambda fraction, what: self._send(Loading(config.epoch, fraction, what)))
+        except UsageError as error:
+            self._send(Fatal(config.epoch, str(error), usage=True))
+            return 2
+        except Exception as error:
+            log.exception("cannot start")
+            self._send(Fatal(config.epoch, f"{type(error).__name__}: {error}", usage=False))
+            return 1
+        source = KVSource(config.name, config.epoch, parts.layout, parts.publisher.location, config.notices)
+        wiring = Wiring(source, parts.publisher, parts.transport, self._send, self._notify)
+        self._loop = InstanceLoop(parts.scheduler, parts.executor, wiring, time.monotonic)
+        executor = parts.executor
+        self._notices.start()
+        self._send(
+            Ready(config.epoch, source, executor.num_blocks, executor.block_size, executor.max_model_len, os.getpid())
+        )
+        beats = asyncio.create_task(self._beats(self._loop))
+        try:
+            await self._loop.run()
+            return 0
+        finally:
+            beats.cancel()
+            await executor.stop()
+            if parts.transport is not None:
+                parts.transport.close()
+            parts.publisher.close()
+
+    async def _beats(self, loop: InstanceLoop) -> None:
+        while True:
+            loop.beat()
+            await asyncio.sleep(BEAT)
+
+    def _send(self, message: ToGateway) -> None:
+        self._line.send(encode(message))
+
+    def _notify(self, address: str, notice: Pulled) -> None:
+        """One socket a source; where the source is gone its lease is over anyway."""
+        endpoint = self._notified.get(address)
+        if endpoint is None:
+            endpoint = self._notified[address] = Endpoint(self._context, zmq.PUSH)
+            endpoint.connect(address)
+        try:
+            endpoint.send(encode(notice))
+        except ConnectionError as error:
+            log.warning("pulled notice not sent to %s: %s", address, error)
+
+    def _from_gateway(self, frames: list[bytes]) -> None:
+        if self._loop is not None:
+            self._loop.handle(decode_to_instance(frames[0]))
+
+    def _from_decode(self, frames: list[bytes]) -> None:
+        if self._loop is not None:
+            self._loop.handle(decode_to_instance(frames[0]))
+
+
+async def _pipe_end(pipe: object) -> None:
+    """Returns when the other end of `pipe` is closed."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    while await reader.read(1024):
+        pass

@@ -1,0 +1,122 @@
+"""Keeps one instance's process alive: starts it, notices its death and its hanging, restarts it with back-off.
+
+    starting -> ready -> (died | hung: fenced, killed) -> back-off -> starting ...          stop: ends it for good
+
+Knows no request: what was running on a dead instance is told by `RemoteInstance.lost` and retried by the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from distserve.serve.messages import Stop
+from distserve.serve.rpc import RemoteInstance
+from distserve.serve.switchboard import Switchboard
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE = 0.25  # seconds before the first restart; doubles each time
+LONGEST_PAUSE = 30.0
+HEALTHY = 60.0  # seconds alive after which the back-off starts anew
+BEAT = 0.25  # seconds between signs of life
+MARGIN = 1.0  # seconds over the predicted step before an instance counts as hung (protocol: a missed progress beat)
+KILL_AFTER = 3.0  # seconds an instance gets to leave by itself
+
+
+class Supervisor:
+    """`configure(epoch)` gives the bytes that the process reads from its standard input; that pipe stays open, and its
+    end is how the process learns that the gateway is no more."""
+
+    def __init__(
+        self,
+        remote: RemoteInstance,
+        switchboard: Switchboard,
+        configure: Callable[[int], bytes],
+        environ: dict[str, str],
+    ) -> None:
+        self.remote = remote
+        self.num_restarts = 0
+        self.on_restart: Callable[[], None] | None = None
+        self.pid: int | None = None
+        self._switchboard = switchboard
+        self._configure = configure
+        self._environ = environ
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+        self._why = ""
+
+    async def run(self) -> None:
+        """Until `stop`. Returns early only where the first start fails: `remote.fatal` then says why."""
+        pause = FIRST_PAUSE
+        while not self._stopping:
+            began = time.monotonic()
+            status = await self._live_once()
+            if self._stopping:
+                return
+            lived = time.monotonic() - began
+            if self.remote.fatal is not None and self.num_restarts == 0:
+                return
+            pause = FIRST_PAUSE if lived > HEALTHY else min(pause * 2, LONGEST_PAUSE)
+            log.warning("%s ended (%s); restarting in %.2g s", self.remote.name, self._why or f"status {status}", pause)
+            self.num_restarts += 1
+            if self.on_restart is not None:
+                self.on_restart()
+            await asyncio.sleep(pause)
+
+    async def _live_once(self) -> int:
+        epoch = time.time_ns()  # later processes have greater epochs, also across restarts of the gateway
+        self._why = ""
+        command = (sys.executable, "-m", "distserve.serve.launch")
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env=self._environ)
+        self._process, self.pid = process, process.pid
+        self.remote.begin(epoch, self._switchboard.open_line(self.remote, epoch))
+        try:
+            assert process.stdin is not None
+            process.stdin.write(self._configure(epoch) + b"\n")
+            return await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            self._process, self.pid = None, None
+            self._switchboard.close_line(self.remote, epoch)
+            self.remote.lost(self._why or f"died (status {process.returncode})")
+
+    def watch(self, now: float) -> None:
+        """Fences the instance where it has stopped making progress. Called by a timer that itself ran on time."""
+        remote = self.remote
+        if not remote.alive or self._process is None:
+            return
+        if remote.suspicious_at and now > remote.suspicious_at + MARGIN:
+            self.fence(f"hung: its step is {now - remote.suspicious_at:.1f} s late")
+        elif now > remote.beat_at + BEAT + MARGIN:
+            self.fence(f"hung: no sign of life for {now - remote.beat_at:.1f} s")
+
+    def fence(self, why: str) -> None:
+        """Revokes the epoch at once and kills the process."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        log.error("%s %s; killing process %d", self.remote.name, why, self._process.pid)
+        self._why = why
+        self.remote.lost(why)
+        self._process.kill()
+
+    async def stop(self) -> None:
+        """Asks the process to leave, and makes it."""
+        self._stopping = True
+        process = self._process
+        if process is None:
+            return
+        self.remote.tell(Stop(self.remote.epoch))
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            await asyncio.wait_for(process.wait(), KILL_AFTER)
+        except TimeoutError:
+            log.warning("%s did not leave within %g s; killing it", self.remote.name, KILL_AFTER)
+            process.kill()
+            await process.wait()
