@@ -1,0 +1,89 @@
+"""Our llama against transformers', family member by family member: logits, and greedy tokens over hundreds of steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.support import MiniScheduler, all_logits, greedy, load_model, make_checkpoint, reference_tokens
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gqa": ("Llama", {}),
+    "mha": ("Llama", {"num_key_value_heads": 4}),
+    "mqa": ("Llama", {"num_key_value_heads": 1}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "wide heads": ("Llama", {"head_dim": 32}),
+    "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear rope": ("Llama", {"rope_parameters": LINEAR}),
+    "yarn rope": ("Llama", {"rope_parameters": YARN}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral window": ("Mistral", {"sliding_window": 24}),
+    "sharded": ("Llama", {"max_shard_size": "60KB"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_tokens_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    reference = make_checkpoint(tmp_path, family, **changes)
+    model = load_model(tmp_path)
+    prompt = torch.randint(3, 128, (77,), generator=torch.Generator().manual_seed(2)).tolist()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(all_logits(model, prompt), expected, atol=1e-4, rtol=1e-4)
+
+    tokens = MiniScheduler(model).run([greedy(1, prompt, 200)])[1]
+    assert [token.id for token in tokens] == reference_tokens(reference, prompt, 200)
+
+
+def test_a_mixed_batch_answers_as_each_alone(tmp_path: Path) -> None:
+    reference = make_checkpoint(tmp_path)
+    model = load_model(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 2, 15, 16, 17, 90, 33)]
+    requests = [greedy(i, prompt, 20 + i) for i, prompt in enumerate(prompts)]
+    tokens = MiniScheduler(model).run(requests, chunk=13)
+    for i, prompt in enumerate(prompts):
+        assert [token.id for token in tokens[i]] == reference_tokens(reference, prompt, 20 + i)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_and_whole_prefill_agree_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    model = load_model(tmp_path, dtype)
+    prompt = torch.randint(3, 128, (100,), generator=torch.Generator().manual_seed(4)).tolist()
+    answers = [
+        [token.id for token in MiniScheduler(model).run([greedy(1, prompt, 50)], chunk)[1]]
+        for chunk in (1 << 30, 7, 32)
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_retry_goes_on_where_the_first_attempt_ended(tmp_path: Path) -> None:
+    """With sampling: token i depends on the seed and i alone."""
+    make_checkpoint(tmp_path)
+    model = load_model(tmp_path)
+    whole = greedy(1, range(3, 40), 30)
+    from dataclasses import replace
+
+    sampling = replace(whole.sampling, temperature=1.0, seed=7, presence_penalty=0.5, repetition_penalty=1.1)
+    whole = replace(whole, sampling=sampling, output=[])
+    tokens = [token.id for token in MiniScheduler(model).run([whole])[1]]
+    assert whole.output == tokens
+    retried = replace(whole, output=tokens[:11])
+    assert [token.id for token in MiniScheduler(model).run([retried])[1]] == tokens[11:]
