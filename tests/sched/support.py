@@ -117,6 +117,6 @@ class Auditor:
             if sequence.state in (State.QUEUED, State.WAITING, State.PREEMPTED):
                 assert not sequence.blocks, "it waits for blocks but owns some"
         assert self.pool.num_free + len(owners) == self.pool.num_blocks, "a block is lost, or free and owned at once"
-        assert [self.pool.generations[b] for b in range(self.pool.num_blocks)] == self.pool.frees, (
-            "a generation moves exactly when its block is freed"
-        )
+
+        generations = [self.pool.generations[block] for block in range(self.pool.num_blocks)]
+        assert generations == self.pool.frees, "a generation moves exactly when its block is freed"

@@ -9,7 +9,7 @@ from distserve.sched.policy import ColocatedPolicy
 
 
 class ColocatedScheduler(ContinuousScheduler):
-    """What the two policies share. They differ in `next_batch`, which `ContinuousScheduler` leaves open."""
+    """What the two policies share. They differ in `next_batch`."""
 
     def __init__(self, pool: BlockPool, policy: ColocatedPolicy, *, max_in_flight: int = 1) -> None:
         super().__init__(
@@ -23,9 +23,6 @@ class ColocatedScheduler(ContinuousScheduler):
     def add(self, sequence: Sequence, now: float) -> None:
         assert sequence.num_kv_tokens == 0, f"sequence {sequence.id} comes with KV, but nothing is pulled here"
         super().add(sequence, now)
-
-    def next_batch(self, now: float) -> Batch | None:
-        raise NotImplementedError
 
 
 class ChunkedScheduler(ColocatedScheduler):

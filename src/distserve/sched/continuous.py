@@ -17,6 +17,7 @@ Three rules keep it free of starvation and livelock:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections import deque
 from heapq import heappop, heappush
@@ -29,7 +30,7 @@ def _place(sequence: Sequence) -> int:
     return sequence.place
 
 
-class ContinuousScheduler:
+class ContinuousScheduler(ABC):
     """All of `Scheduler` but `next_batch`, and the parts that one is made of.
 
     `max_in_flight` batches may be in flight, one per pipeline stage; what runs is split over them evenly.
@@ -65,6 +66,9 @@ class ContinuousScheduler:
         self._num_added += 1
         self._sequences[sequence.id] = sequence
         self._enqueue(sequence, State.WAITING if sequence.num_kv_tokens else State.QUEUED)
+
+    @abstractmethod
+    def next_batch(self, now: float) -> Batch | None: ...
 
     def complete(self, batch: Batch, result: StepResult, now: float) -> Outcome:
         first = self._in_flight.popleft()
