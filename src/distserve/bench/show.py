@@ -69,21 +69,20 @@ def say(message: str) -> None:
 def show_report(report: Report, title: str, goal: float | None, console: Console) -> None:
     """One run's report."""
     console.print(f"[bold]{title}[/bold]", highlight=False)
-    lines = Table.grid(padding=(0, 2))
-    lines.add_row("requests", _requests(report))
     attained, interval = report.attainment.joint, report.interval.joint
+    sure = f"{report.interval.level:.0%} sure: {interval[0]:.1%} to {interval[1]:.1%}"
     verdict = "" if goal is None else f"; goal {goal:.0%} {'met' if attained >= goal else 'missed'}"
-    lines.add_row(
-        "attainment",
-        f"{attained:.1%} ({report.interval.level:.0%} sure: {interval[0]:.1%} to {interval[1]:.1%}){verdict}",
-    )
     rate = "-" if report.rate is None else f"{report.rate:.3g} requests/s"
     each = "" if report.rate_per_device is None else f", {report.rate_per_device:.3g} per device"
-    lines.add_row("offered", f"{rate}{each}")
     done = {name: f"{value:.3g}" if value < 10 else f"{value:.0f}" for name, value in report.throughput.items()}
     tokens = f"{done['prompt_tokens']} prompt tokens/s, {done['output_tokens']} answer tokens/s"
-    lines.add_row("completed", f"{done['requests']} requests/s, {tokens}")
-    console.print(lines, highlight=False)
+    for name, text in (
+        ("requests", _requests(report)),
+        ("attainment", f"{attained:.1%} ({sure}){verdict}"),
+        ("offered", f"{rate}{each}"),
+        ("completed", f"{done['requests']} requests/s, {tokens}"),
+    ):
+        console.print(f"{name:<12}{text}", highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     for column in ("", "mean", "p50", "p90", "p99", "target", "met"):
         table.add_column(column, justify="left" if not column else "right")
