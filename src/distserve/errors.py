@@ -1,17 +1,17 @@
 """Every error distserve raises on purpose, as one small tree; nothing here knows HTTP or processes.
 
-    DistserveError
-    |-- UsageError               the person who typed the command can mend it: one line, exit status 2
-    |   |-- PlanError            a plan that is malformed or does not fit the machine or the model
-    |   |-- ModelError           a checkpoint that is missing, truncated, contradictory or of an unknown architecture
-    |   `-- WorkloadError        a workload file or name that cannot be read
-    |-- RequestError             the client's request is wrong (HTTP 4xx); `param` names the field
-    |-- OverloadedError          not admitted now (HTTP 429); `retry_after` seconds is computed, not guessed
-    |-- UnavailableError         no instance can serve a phase (HTTP 503)
-    `-- InstanceError            one attempt failed; the gateway may start another
-        |-- InstanceGone         the instance died, was fenced or restarted: its epoch is over
-        |-- StaleError           the message or handle speaks of an epoch, attempt or block generation that is over
-        `-- PullError            KV bytes could not be read, or were not the bytes that were promised
+DistserveError
+|-- UsageError               the person who typed the command can mend it: one line, exit status 2
+|   |-- PlanError            a plan that is malformed or does not fit the machine or the model
+|   |-- ModelError           a checkpoint that is missing, truncated, contradictory or of an unknown architecture
+|   `-- WorkloadError        a workload file or name that cannot be read
+|-- RequestError             the client's request is wrong (HTTP 4xx); `param` names the field
+|-- OverloadedError          not admitted now (HTTP 429); `retry_after` seconds is computed, not guessed
+|-- UnavailableError         no instance can serve a phase (HTTP 503)
+`-- InstanceError            one attempt failed; the gateway may start another
+    |-- InstanceGone         the instance died, was fenced or restarted: its epoch is over
+    |-- StaleError           the message or handle speaks of an epoch, attempt or block generation that is over
+    `-- PullError            KV bytes could not be read, or were not the bytes that were promised
 """
 
 

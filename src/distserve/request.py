@@ -93,7 +93,7 @@ class Request:
     sampling: SamplingParams
     arrival: float = 0.0  # seconds on the gateway's monotonic clock
     attempt: int = 1  # only the gateway raises it; results of older attempts are dropped
-    output: list[int] = field(default_factory=list)  # tokens the client has been given (after a retry: part of the prompt)
+    output: list[int] = field(default_factory=list)  # tokens given to the client (after a retry: part of the prompt)
 
     @property
     def num_tokens(self) -> int:

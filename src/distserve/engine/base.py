@@ -15,7 +15,7 @@ class EngineResult:
     """What a step produced: one token per sequence that was computed to its end."""
 
     tokens: dict[int, Token] = field(default_factory=dict)  # by request id
-    failures: dict[int, str] = field(default_factory=dict)  # by request id: it cannot go on (its logits are not numbers)
+    failures: dict[int, str] = field(default_factory=dict)  # by request id: it cannot go on, and why
     seconds: float = 0.0  # the step's own duration, measured by the executor
 
     @property
@@ -61,5 +61,3 @@ class Executor(Protocol):
         ...
 
     async def stop(self) -> None: ...
-
-

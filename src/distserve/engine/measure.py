@@ -1,7 +1,7 @@
 """Measures what a scheduler should know of this device, with the engine itself: today the knee Lm.
 
-Lm is the number of prompt tokens that saturates the device (DistServe, OSDI'24, section 3.1): below it a larger batch is
-nearly free, beyond it a batch only makes its members wait for each other.
+Lm is the number of prompt tokens that saturates the device (DistServe, OSDI'24, section 3.1): below it a larger batch
+is nearly free, beyond it a batch only makes its members wait for each other.
 """
 
 from __future__ import annotations

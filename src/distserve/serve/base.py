@@ -21,8 +21,8 @@ class Handoff:
 
 
 class Decoding(Protocol):
-    """A request on an instance that generates. Iterate for the tokens that arrived since the last wake-up; `close` aborts
-    whatever is left and is idempotent. Raises `InstanceError` where the attempt failed."""
+    """A request on an instance that generates. Iterate for the tokens that arrived since the last wake-up; `close`
+    aborts whatever is left and is idempotent. Raises `InstanceError` where the attempt failed."""
 
     pulled: bool  # its KV has arrived: the handle it came from is spent
 
@@ -37,6 +37,11 @@ class Instance(Protocol):
     name: str
     role: Role
     tokens_per_second: float  # of prompts, measured
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence it can hold; 0 while it is not alive."""
+        ...
 
     @property
     def alive(self) -> bool:

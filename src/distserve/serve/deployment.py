@@ -31,8 +31,8 @@ def starts(options: ServeOptions, plan: Plan, model: str, spec: ModelSpec) -> li
     for replica in plan.replicas():
         if replica.spec.num_ranks > 1:
             raise PlanError(
-                f"{replica.name} asks for tp = {replica.spec.tp}, pp = {replica.spec.pp}: an instance runs on one device "
-                "for now; set both to 1 and raise count"
+                f"{replica.name} asks for tp = {replica.spec.tp}, pp = {replica.spec.pp}: an instance runs on one "
+                "device for now; set both to 1 and raise count"
             )
     on_cpu = device == "cpu"
     numbers = machine.cores() if on_cpu else list(range(machine.gpus()))
@@ -98,8 +98,9 @@ def _kv_bytes(
     left = int(GPU_SHARE * total / sharing) - weights - GPU_RESERVE
     if left <= 0:
         raise PlanError(
-            f"{replica.name} needs {weights / 2**30:.1f} GiB for weights but its share of GPU {where[replica.name][0]} is "
-            f"{GPU_SHARE * total / sharing / 2**30:.1f} GiB: use a GPU an instance, or a smaller model"
+            f"{replica.name} needs {weights / 2**30:.1f} GiB for weights but its share of GPU "
+            f"{where[replica.name][0]} is {GPU_SHARE * total / sharing / 2**30:.1f} GiB: use one GPU an instance, "
+            "or a smaller model"
         )
     return left
 
@@ -108,6 +109,6 @@ def _check_memory(sizes: dict[str, int], weights: int) -> None:
     need, have = sum(sizes.values()) + weights * len(sizes), machine.memory()
     if need > have:
         raise UsageError(
-            f"{len(sizes)} instances need {need / 2**30:.1f} GiB ({weights / 2**30:.1f} GiB of weights each, and KV memory) "
-            f"but this machine has {have / 2**30:.1f} GiB: lower --kv-memory or the number of instances"
+            f"{len(sizes)} instances need {need / 2**30:.1f} GiB ({weights / 2**30:.1f} GiB of weights each, and KV "
+            f"memory) but this machine has {have / 2**30:.1f} GiB: lower --kv-memory or the number of instances"
         )

@@ -1,7 +1,7 @@
 """All instances of a server: their processes, the one socket to them, and the timers that keep them honest.
 
-Starts them together, watches for hangs, introduces the decode side to the sources of KV, reconciles once a second what each
-side believes to be alive, and takes everything down again. It routes no request.
+Starts them together, watches for hangs, introduces the decode side to the sources of KV, reconciles once a second what
+each side believes to be alive, and takes everything down again. It routes no request.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import zmq
@@ -41,7 +42,7 @@ class Start:
 
 
 class Fleet:
-    """`on_change(remote)` hears of every instance that became ready or was lost, `on_loading` of progress."""
+    """`on_change` hears of every instance that became ready or was lost, `on_loading` of progress."""
 
     def __init__(self, starts: list[Start], on_loading: Callable[[RemoteInstance, Loading], None]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="distserve-"))  # mode 0700: nobody else may speak to the instances
@@ -50,10 +51,10 @@ class Fleet:
         self.remotes = [RemoteInstance(start.name, start.role, time.monotonic) for start in starts]
         self.supervisors = [self._supervisor(*pair) for pair in zip(self.remotes, starts, strict=True)]
         self._known: dict[str, int] = {}  # by name: the epoch that the decode side was introduced to
-        self.on_change: Callable[[RemoteInstance], None] | None = None
+        self.on_change: Callable[[], None] | None = None
         for remote in self.remotes:
-            remote.on_change = lambda remote=remote: self._changed(remote)  # type: ignore[misc]
-            remote.on_loading = lambda message, remote=remote: on_loading(remote, message)  # type: ignore[misc]
+            remote.on_change = partial(self._changed, remote)
+            remote.on_loading = partial(on_loading, remote)
         self._tasks: list[asyncio.Task[None]] = []
 
     def _supervisor(self, remote: RemoteInstance, start: Start) -> Supervisor:
@@ -69,11 +70,9 @@ class Fleet:
     def observe(self, telemetry: Telemetry) -> None:
         """Passes on what the instances report of themselves."""
         for remote, supervisor in zip(self.remotes, self.supervisors, strict=True):
-            telemetry.add_instance(remote.name, remote.role, remote.load, lambda r=remote: r.alive)  # type: ignore[misc]
-            remote.on_step = lambda r, step: telemetry.observe_step(
-                r.name, r.role, step.num_batched_tokens, step.seconds
-            )
-            remote.on_timing = lambda r, timing: telemetry.observe_timing(r.role, timing)
+            telemetry.add_instance(remote)
+            remote.on_step = telemetry.observe_step
+            remote.on_timing = telemetry.observe_timing
             supervisor.on_restart = telemetry.restarts.labels(telemetry.model, remote.name, remote.role).inc
 
     def start(self) -> None:
@@ -104,7 +103,7 @@ class Fleet:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _watch(self) -> None:
-        """Where this timer itself comes late, the machine or this process stood still: no instance is blamed for that."""
+        """Where this timer itself is late, the machine or this process stood still: no instance is blamed for that."""
         due = time.monotonic()
         while True:
             now = time.monotonic()
@@ -135,4 +134,4 @@ class Fleet:
                 for decoder in decoders:
                     decoder.tell(Part(decoder.epoch, changed.name, epoch))
         if self.on_change is not None:
-            self.on_change(changed)
+            self.on_change()

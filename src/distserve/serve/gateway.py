@@ -42,11 +42,13 @@ class Gateway:
         router: Router,
         telemetry: Telemetry,
         clock: Callable[[], float],
+        *,
+        max_model_len: int,
         limits: GatewayLimits | None = None,
     ) -> None:
         self.instances = instances
-        self.max_model_len = 0  # both set by the launcher once the instances have told what they can hold
-        self.max_kv_tokens: int | None = None
+        self.max_model_len = max_model_len
+        self.max_kv_tokens: int | None = None  # known when instances have told what they can hold
         self._router = router
         self._telemetry = telemetry
         self._clock = clock
@@ -77,6 +79,9 @@ class Gateway:
 
     def changed(self) -> None:
         """An instance became ready or was lost: whoever waits for one looks again."""
+        lengths = [instance.max_model_len for instance in self.instances if instance.alive]
+        if lengths:  # a request may be sent to any of them, so the smallest decides
+            self.max_kv_tokens = min(lengths)
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -1,9 +1,10 @@
 """Driver 2: connects a scheduler, an executor and a transport to the wall clock and to the gateway.
 
-Knows no policy (that is the scheduler's) and no tensor (the executor's). The loop reads like the protocol: let go of what
-expired, start the pulls that were admitted, run the next batch, tell what happened.
+Knows no policy (that is the scheduler's) and no tensor (the executor's). The loop reads like the protocol: let go of
+what expired, start the pulls that were admitted, run the next batch, tell what happened.
 
-A role is which scheduler runs: `release`/`renew` exist on a prefill scheduler only, `next_pulls`/`pulled` on decode only.
+A role is which scheduler runs: `release` and `renew` exist on a prefill scheduler only, `next_pulls` and `pulled` on a
+decode scheduler only.
 """
 
 from __future__ import annotations
@@ -213,8 +214,8 @@ class InstanceLoop:
         task.add_done_callback(self._tasks.discard)
 
     async def _pull(self, live: _Live, scheduler: PullingScheduler, transport: Transport) -> None:
-        """One request's KV. A transport's failure or a digest that differs is tried once more; what else can happen will
-        not get better."""
+        """One request's KV. A transport's failure or a digest that differs is tried once more; what else can happen
+        will not get better."""
         assert live.handle is not None
         key = live.sequence.id
         for trial in (1, 2):

@@ -1,7 +1,7 @@
-"""The one place that names implementations: from what the user asked for to processes, and inside a process to its parts.
+"""The one place that names implementations: from what the user asked for to processes, and in a process to its parts.
 
-`serve` runs the gateway; `python -m distserve.serve.launch` is an instance's process (started by the gateway only). Each
-imports what it needs when it needs it: the gateway must stay small, an instance must start quickly.
+`serve` runs the gateway; `python -m distserve.serve.launch` is an instance's process (started by the gateway only).
+Each imports what it needs when it needs it: the gateway must stay small, an instance must start quickly.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Metrics: {url}/metrics    Health: {url}/health    API: {url}/docs    Stop: Ctrl-
 """
 
 
-# -- the gateway's process ----------------------------------------------------------------------------------------------
+# -- the gateway's process --------------------------------------------------------------------------------------------
 
 
 def serve(options: ServeOptions) -> int:
-    """Serves until a signal; returns the exit status. Raises `UsageError` with the cure for everything that the user can mend."""
+    """Serves until a signal; returns the exit status. Raises `UsageError` for everything that the user can mend."""
     from distserve.engine import hub
     from distserve.serve.deployment import starts
     from distserve.serve.server import bind
@@ -90,29 +90,25 @@ async def _serve(
     telemetry = Telemetry(names[0])
     fleet = Fleet(found, display.show)
     admission = AdmissionPolicy(max_requests=options.max_queue) if options.max_queue else AdmissionPolicy()
-    gateway = Gateway(fleet.remotes, Router(admission), telemetry, time.monotonic)
-    gateway.max_model_len = options.max_model_len or spec.max_model_len
-    fleet.on_change = lambda remote: _changed(gateway, fleet)
+    context = options.max_model_len or spec.max_model_len
+    gateway = Gateway(fleet.remotes, Router(admission), telemetry, time.monotonic, max_model_len=context)
+    fleet.on_change = gateway.changed
     fleet.observe(telemetry)
     fleet.start()
     try:
         tokenizer = await asyncio.to_thread(load_tokenizer, path)
         api = ApiOptions(
-            models=tuple(names), version=version("distserve"), root=path, api_keys=options.api_keys, metrics=telemetry.render
+            models=tuple(names),
+            version=version("distserve"),
+            root=path,
+            api_keys=options.api_keys,
+            metrics=telemetry.render,
         )
         server = Server(build_app(gateway, tokenizer, api), listener, fleet, gateway, options.shutdown_timeout)
         await server.run(_banner(options, names[0], found, listener), display)
     finally:
         display.close()
         await fleet.stop()
-
-
-def _changed(gateway: Gateway, fleet: Fleet) -> None:
-    """The longest sequence is what every instance can hold: a request may be sent to any of them."""
-    lengths = [remote.ready.max_model_len for remote in fleet.remotes if remote.ready is not None]
-    if lengths:
-        gateway.max_kv_tokens = min(lengths)
-    gateway.changed()
 
 
 def _banner(options: ServeOptions, model: str, found: list[Start], listener: socket.socket) -> str:
@@ -127,7 +123,7 @@ def _banner(options: ServeOptions, model: str, found: list[Start], listener: soc
     )
 
 
-# -- an instance's process ----------------------------------------------------------------------------------------------
+# -- an instance's process --------------------------------------------------------------------------------------------
 
 
 async def _build(config: InstanceConfig, progress: Callable[[float, str], None]) -> Parts:

@@ -1,7 +1,7 @@
 """How long a step should take, learned from the steps before it: the yardstick by which a hang is told from work.
 
-Deliberately coarse and generous: a wrong alarm kills a healthy instance. The latency model that plans rely on is another
-(`costs/`).
+Deliberately coarse and generous: a wrong alarm kills a healthy instance. The latency model that plans rely on is
+another (`costs/`).
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ class RemoteInstance:
         self.role = role
         self.epoch = 0
         self.ready: Ready | None = None
-        self.on_step: Callable[[RemoteInstance, Step], None] | None = None
-        self.on_timing: Callable[[RemoteInstance, Timing], None] | None = None
+        self.on_step: Callable[[str, Role, Step], None] | None = None
+        self.on_timing: Callable[[Role, Timing], None] | None = None
         self.on_change: Callable[[], None] | None = None  # became ready, or was lost
         self.on_loading: Callable[[Loading], None] | None = None
         self.fatal: Fatal | None = None  # why this epoch could not start
@@ -140,6 +140,10 @@ class RemoteInstance:
     @property
     def alive(self) -> bool:
         return self.ready is not None
+
+    @property
+    def max_model_len(self) -> int:
+        return self.ready.max_model_len if self.ready is not None else 0
 
     @property
     def num_requests(self) -> int:
@@ -250,7 +254,7 @@ class RemoteInstance:
         self.suspicious_at = 0.0
         for timing in step.timings:
             if self.on_timing is not None:
-                self.on_timing(self, timing)
+                self.on_timing(self.role, timing)
         for name in step.pulled:
             if (stream := self._streams.get(name)) is not None:
                 stream.pulled = True
@@ -272,7 +276,7 @@ class RemoteInstance:
                 pace if self.tokens_per_second == NOMINAL else 0.9 * self.tokens_per_second + 0.1 * pace
             )
         if self.on_step is not None:
-            self.on_step(self, step)
+            self.on_step(self.name, self.role, step)
 
     def _fail(self, name: Name, error: Exception) -> None:
         stream = self._streams.pop(name, None)

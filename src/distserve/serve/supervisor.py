@@ -8,6 +8,7 @@ Knows no request: what was running on a dead instance is told by `RemoteInstance
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
@@ -46,16 +47,16 @@ class Supervisor:
         self._configure = configure
         self._environ = environ
         self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
+        self._stop = asyncio.Event()
         self._why = ""
 
     async def run(self) -> None:
         """Until `stop`. Returns early only where the first start fails: `remote.fatal` then says why."""
         pause = FIRST_PAUSE
-        while not self._stopping:
+        while not self._stop.is_set():
             began = time.monotonic()
             status = await self._live_once()
-            if self._stopping:
+            if self._stop.is_set():
                 return
             lived = time.monotonic() - began
             if self.remote.fatal is not None and self.num_restarts == 0:
@@ -65,7 +66,8 @@ class Supervisor:
             self.num_restarts += 1
             if self.on_restart is not None:
                 self.on_restart()
-            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), pause)
 
     async def _live_once(self) -> int:
         epoch = time.time_ns()  # later processes have greater epochs, also across restarts of the gateway
@@ -89,7 +91,7 @@ class Supervisor:
     def watch(self, now: float) -> None:
         """Fences the instance where it has stopped making progress. Called by a timer that itself ran on time."""
         remote = self.remote
-        if not remote.alive or self._process is None:
+        if self._stop.is_set() or not remote.alive or self._process is None:
             return
         if remote.suspicious_at and now > remote.suspicious_at + MARGIN:
             self.fence(f"hung: its step is {now - remote.suspicious_at:.1f} s late")
@@ -107,7 +109,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Asks the process to leave, and makes it."""
-        self._stopping = True
+        self._stop.set()
         process = self._process
         if process is None:
             return

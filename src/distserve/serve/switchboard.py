@@ -1,7 +1,7 @@
 """The gateway's one socket to all of its instances: who sent this, and to whom does that go.
 
-An instance's process connects under an identity that names its epoch, so that two processes that followed each other under
-one name are never mistaken for one another.
+An instance's process connects under an identity that names its epoch, so that two processes that followed each other
+under one name are never mistaken for one another.
 """
 
 from __future__ import annotations

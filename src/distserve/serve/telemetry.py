@@ -1,20 +1,18 @@
 """What `/metrics` shows: vLLM's names, so that existing dashboards work, and `distserve:` for what is ours.
 
-Observed by the gateway only (instances send their figures with each step), so that one scrape shows the whole server. TTFT
-is split along a request's way: queued for prefill, prefill, queued for decode, pull, first decode step.
+Observed by the gateway only (instances send their figures with each step), so that one scrape shows the whole server.
+TTFT is split along a request's way: queued for prefill, prefill, queued for decode, pull, first decode step.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from distserve.plan import Role
 from distserve.request import FinishReason
-from distserve.sched.base import Load
-from distserve.serve.messages import Timing
+from distserve.serve.base import Instance
+from distserve.serve.messages import Step, Timing
 
 # Buckets as vLLM has them, so that its dashboards' quantiles mean the same here.
 TTFT = (
@@ -67,6 +65,9 @@ class Telemetry:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, ("model_name", *labels), registry=self.registry, buckets=buckets)
 
+    def _of_model(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return self._histogram(name, text, buckets).labels(self.model)
+
     def _instances(self) -> None:
         where = ("instance", "role")
         self.running = self._gauge("vllm:num_requests_running", "Requests in running batches.", *where)
@@ -80,51 +81,41 @@ class Telemetry:
         self.step_seconds = self._histogram("distserve:step_seconds", "Duration of a step.", SHORT, *where)
 
     def _requests(self) -> None:
-        self.ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT).labels(
-            self.model
+        histogram = self._of_model
+        self.ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT)
+        self.gap = histogram("vllm:inter_token_latency_seconds", "Between two wake-ups of a stream.", TPOT)
+        self.tpot = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean, of a request, after the first.", TPOT
         )
-        self.gap = self._histogram("vllm:inter_token_latency_seconds", "Between wake-ups of a stream.", TPOT).labels(
-            self.model
-        )
-        name = "vllm:request_time_per_output_token_seconds"
-        self.tpot = self._histogram(name, "Mean time per output token after the first, a request.", TPOT).labels(
-            self.model
-        )
-        self.latency = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", SECONDS).labels(
-            self.model
-        )
-        self.queue = self._histogram("vllm:request_queue_time_seconds", "Arrival to first batch.", SECONDS).labels(
-            self.model
-        )
-        self.prefill = self._histogram("vllm:request_prefill_time_seconds", "First batch to first token.", SECONDS)
-        self.decode = self._histogram("vllm:request_decode_time_seconds", "First to last token.", SECONDS)
+        self.latency = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", SECONDS)
+        self.queue = histogram("vllm:request_queue_time_seconds", "Arrival to first batch.", SECONDS)
+        self.prefill = histogram("vllm:request_prefill_time_seconds", "First batch to first token.", SECONDS)
+        self.decode = histogram("vllm:request_decode_time_seconds", "First to last token.", SECONDS)
+        self.prompt_length = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self.output_length = histogram("vllm:request_generation_tokens", "Generated tokens of a request.", TOKENS)
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens processed.").labels(self.model)
         self.output_tokens = self._counter("vllm:generation_tokens", "Tokens generated.").labels(self.model)
-        self.prompt_length = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
-        self.output_length = self._histogram("vllm:request_generation_tokens", "Generated tokens of a request.", TOKENS)
         self.finished = self._counter("vllm:request_success", "Requests that ended well.", "finished_reason")
         self.failed = self._counter("distserve:request_failures", "Requests that did not end well.", "reason")
         self.retries = self._counter("distserve:request_retries", "Attempts after the first.", "reason")
 
     def _handoffs(self) -> None:
-        phase = "phase"
-        self.phase_queue = self._histogram("distserve:phase_queue_seconds", "Waiting before a phase.", SHORT, phase)
-        self.phase_compute = self._histogram(
-            "distserve:phase_first_token_seconds", "A phase's start to its token.", SHORT, phase
-        )
-        self.pull_seconds = self._histogram("distserve:pull_seconds", "Reading and checking one request's KV.", SHORT)
+        self.phase_queue = self._histogram("distserve:phase_queue_seconds", "Waiting before a phase.", SHORT, "phase")
+        name = "distserve:phase_first_token_seconds"
+        self.phase_compute = self._histogram(name, "From a phase's start to its first token.", SHORT, "phase")
+        self.pull_seconds = self._of_model("distserve:pull_seconds", "Reading and checking one request's KV.", SHORT)
         self.pull_bytes = self._counter("distserve:pull_bytes", "KV bytes pulled.").labels(self.model)
         self.handoffs = self._counter("distserve:handoffs", "Prompts handed from prefill to decode.").labels(self.model)
         self.pull_failures = self._counter("distserve:pull_failures", "Pulls that failed.", "reason")
-        self.digest_failures = self._counter("distserve:digest_failures", "KV that was not what was promised.").labels(
-            self.model
-        )
+        text = "KV that was not what was promised."
+        self.digest_failures = self._counter("distserve:digest_failures", text).labels(self.model)
 
     # -- what is observed ---------------------------------------------------------------------------------------------
 
-    def add_instance(self, name: str, role: Role, load: Callable[[], Load], alive: Callable[[], bool]) -> None:
+    def add_instance(self, instance: Instance) -> None:
         """Gauges are read when they are scraped, not written when something happens."""
-        where = (self.model, name, role)
+        where = (self.model, instance.name, instance.role)
+        load = instance.load
 
         def kv_usage() -> float:
             report = load()
@@ -135,14 +126,14 @@ class Telemetry:
         self.held.labels(*where).set_function(lambda: load().num_held)
         self.preemptions.labels(*where).set_function(lambda: load().num_preemptions)
         self.kv_usage.labels(*where).set_function(kv_usage)
-        self.up.labels(*where).set_function(lambda: float(alive()))
+        self.up.labels(*where).set_function(lambda: float(instance.alive))
         self.restarts.labels(*where)  # shown as 0 from the start
 
-    def observe_step(self, instance: str, role: Role, num_tokens: int, seconds: float) -> None:
-        if num_tokens:
+    def observe_step(self, instance: str, role: Role, step: Step) -> None:
+        if step.num_batched_tokens:
             where = (self.model, instance, role)
-            self.step_tokens.labels(*where).observe(num_tokens)
-            self.step_seconds.labels(*where).observe(seconds)
+            self.step_tokens.labels(*where).observe(step.num_batched_tokens)
+            self.step_seconds.labels(*where).observe(step.seconds)
 
     def observe_timing(self, role: Role, timing: Timing) -> None:
         """Where an attempt's time went on one instance."""
@@ -150,9 +141,9 @@ class Telemetry:
         self.phase_compute.labels(self.model, role).observe(timing.computed)
         if role is not Role.DECODE:
             self.queue.observe(timing.queued)
-            self.prefill.labels(self.model).observe(timing.computed)
+            self.prefill.observe(timing.computed)
         elif timing.pull_bytes:
-            self.pull_seconds.labels(self.model).observe(timing.pull)
+            self.pull_seconds.observe(timing.pull)
             self.pull_bytes.inc(timing.pull_bytes)
             self.handoffs.inc()
 
@@ -167,11 +158,11 @@ class Telemetry:
         """A request ended well. `after_first`: seconds from its first to its last token."""
         self.finished.labels(self.model, finish).inc()
         self.latency.observe(latency)
-        self.decode.labels(self.model).observe(after_first)
+        self.decode.observe(after_first)
         if num_output > 1:
             self.tpot.observe(after_first / (num_output - 1))
-        self.prompt_length.labels(self.model).observe(num_prompt)
-        self.output_length.labels(self.model).observe(num_output)
+        self.prompt_length.observe(num_prompt)
+        self.output_length.observe(num_output)
 
     def ended_early(self) -> None:
         """The client went away, or a stop string was found: nobody wants the rest."""

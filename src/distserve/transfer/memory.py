@@ -30,7 +30,7 @@ class SharedMemory:
         self.buffer = memoryview(self._map)[:size]
 
     def close(self) -> None:
-        """Gives the memory back. Views that others still hold (tensors over it) keep the mapping alive until they go."""
+        """Gives the memory back. Views that others still hold (tensors over it) keep the mapping until they go."""
         if self._fd < 0:
             return
         os.close(self._fd)
