@@ -274,8 +274,8 @@ def _device_names(replica: Any) -> tuple[str, ...]:
 def _toml(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # JSON strings and numbers are TOML ones; beyond that TOML wants \u escapes of DEL, which JSON leaves bare
-    return json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f")
+    # JSON's numbers and strings are TOML's, but for DEL (bare in JSON) and surrogate pairs (not escaped in TOML)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def default_plan(model: str | None = None, device: str | None = None) -> Plan:
