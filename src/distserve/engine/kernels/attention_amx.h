@@ -263,7 +263,7 @@ static void copy_keys(const Layer *l, const Span *s, const Work *w, int64_t chun
                (size_t)w->dim * 2);
 }
 
-static void prefetch_chunk(const Layer *l, const Span *s, int64_t chunk) {
+static inline __attribute__((always_inline)) void prefetch_chunk(const Layer *l, const Span *s, int64_t chunk) {
     const int64_t end = MIN(chunk + CHUNK, s->end_key), lines = CEIL_DIV(l->head_dim * 32, 64);
     for (int64_t key = chunk; key < end; key += 16) {
         const char *k = (const char *)stripe(l, s, s->keys, key), *v = (const char *)stripe(l, s, s->values, key);

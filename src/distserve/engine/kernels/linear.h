@@ -59,7 +59,21 @@ EXPORT int64_t ds_gather(const Packed *w, const int64_t *ids, int64_t count, bf1
 #ifdef HAVE_AMX
 
 #define ROWS_IN_CACHE 512          /* rows of x that are multiplied with all weights before the next ones */
-#define AHEAD 8192                 /* bytes of weight to prefetch ahead of their use */
+
+/* Prefetching a straight line of memory page after page keeps one hardware stream busy; eight pages at once keep eight,
+ * and read 1.5 times as fast. So the next 32 KB are asked for, sixteen lines of each page in turn, while these are used.
+ * Past the end of a weight lies the next layer's: the arena packs them side by side. */
+#define GROUP 32768
+#define PAGES 8
+
+/* Always inline: gcc takes a function that only prefetches for one without effect, and drops calls of it. */
+static inline __attribute__((always_inline)) void prefetch_step(const bf16 *at) {
+    const uintptr_t here = (uintptr_t)at, group = here / GROUP * GROUP + GROUP;
+    const uintptr_t line = here % GROUP / 64 / PAGES * 64; /* this step's 2 KB are lines 8 n to 8 n + 31 of the group */
+    for (uintptr_t i = 0; i < 4; i++)
+        for (uintptr_t page = 0; page < PAGES; page++)
+            _mm_prefetch((const char *)(group + page * 4096 + line + i * 64), _MM_HINT_T0);
+}
 
 typedef struct {
     const Packed *w;
@@ -69,7 +83,8 @@ typedef struct {
 } Product;
 
 /* 32 (or, `rows` <= 16, 16) rows of x times one unit -> sums [32][32]. `b`: the unit's weights. */
-static inline void multiply_unit(const bf16 *x, int64_t stride, int rows, const bf16 *b, int64_t steps, float *sums) {
+static inline void multiply_unit(const bf16 *x, int64_t stride, int rows, const bf16 *b, int64_t steps, float *sums,
+                                 int first_use) {
     const bf16 *low = x, *high = x + 16 * stride;
     const size_t bytes = (size_t)stride * 2;
     BEFORE_TILE_LOAD();
@@ -77,7 +92,7 @@ static inline void multiply_unit(const bf16 *x, int64_t stride, int rows, const 
     _tile_zero(1);
     if (rows <= 16) {
         for (int64_t step = 0; step < steps; step++, b += 1024, low += 32) {
-            for (int line = 0; line < 32; line++) _mm_prefetch((const char *)b + AHEAD + line * 64, _MM_HINT_T0);
+            if (first_use) prefetch_step(b);
             _tile_loadd(4, low, bytes);
             _tile_loadd(6, b, 64);
             _tile_loadd(7, b + 512, 64);
@@ -88,6 +103,7 @@ static inline void multiply_unit(const bf16 *x, int64_t stride, int rows, const 
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t step = 0; step < steps; step++, b += 1024, low += 32, high += 32) {
+            if (first_use) prefetch_step(b);
             _tile_loadd(4, low, bytes);
             _tile_loadd(6, b, 64);
             _tile_loadd(7, b + 512, 64);
@@ -148,12 +164,12 @@ static void multiply_units(const Product *p, const bf16 *x, int64_t stride, int6
         const bf16 *b = p->w->weight + unit * p->steps * 1024;
         if (whole) configure_tiles(16, 16);
         for (int64_t i = 0; i < whole; i += 32) {
-            multiply_unit(x + (row + i) * stride, stride, 32, b, p->steps, sums);
+            multiply_unit(x + (row + i) * stride, stride, 32, b, p->steps, sums, i == 0);
             write_unit(p, unit, row + i, 32, sums);
         }
         if (rest) {
             if (whole || unit == first) configure_tiles(MIN(rest, 16), MAX(rest - 16, 1));
-            multiply_unit(x + (row + whole) * stride, stride, rest, b, p->steps, sums);
+            multiply_unit(x + (row + whole) * stride, stride, rest, b, p->steps, sums, whole == 0);
             write_unit(p, unit, row + whole, rest, sums);
         }
     }
