@@ -56,6 +56,7 @@ class Auditor:
     live: dict[int, Sequence] = field(default_factory=dict)
     ends: dict[int, str] = field(default_factory=dict)  # "finished" or "dropped"
     in_flight: list[Batch] = field(default_factory=list)
+    _aborted: set[int] = field(default_factory=set)  # in the batch that completes
     _writing: dict[int, list[tuple[Sequence, list[int]]]] = field(default_factory=dict)  # batch id: blocks at launch
 
     def added(self, sequence: Sequence) -> None:
@@ -82,10 +83,12 @@ class Auditor:
                 f"sequence {sequence.id} lost blocks to the device's writes"
             )
         self.in_flight.remove(batch)
+        self._aborted = {sequence.id for sequence, _ in batch.items if sequence.state is State.ABORTED}
         return {s.id: (s.num_tokens, s.num_computed) for s, _ in batch.items}
 
     def completed(self, batch: Batch, before: dict[int, tuple[int, int]], outcome: Outcome) -> None:
         dropped = set(ids(outcome.dropped))
+        assert dropped == self._aborted, "what was aborted meanwhile is dropped now, and nothing else"
         due = [s.id for s, n in batch.items if s.id not in dropped and before[s.id][1] + n == before[s.id][0]]
         assert ids(outcome.sampled) == due, "a token is sampled exactly where the last known token was computed"
         for sequence, n in batch.items:

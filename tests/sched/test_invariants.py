@@ -147,6 +147,8 @@ class PrefillMachine(RuleBasedStateMachine):
         assert self.scheduler.next_batch(self.now) is None
 
     def _some_id(self, piece: int) -> int:
+        if piece % 2 and self.auditor.live:
+            return list(self.auditor.live)[piece % len(self.auditor.live)]
         return piece % (self.next_id + 1)  # also one that is over, and one that never was
 
 
@@ -286,6 +288,7 @@ class DecodeMachine(ContinuousMachine):
         self.policy = DecodePolicy(max_batch_size=self.size, chunk_tokens=self.chunk, watermark_blocks=watermark)
         self.scheduler = DecodeScheduler(self.pool, self.policy, max_in_flight=self.stages)
         self.pulls: list[int] = []
+        self.was_pulled: set[int] = set()
 
     def check_batch(self, batch: Batch) -> None:
         assert sum(n for _, n in batch.items if n > 1) <= self.chunk
@@ -303,6 +306,8 @@ class DecodeMachine(ContinuousMachine):
         pulls = self.scheduler.next_pulls(0.0)
         for sequence in pulls:
             assert sequence.state is State.PULLING
+            assert sequence.id not in self.was_pulled, "pulled twice: its handle may be long spent"
+            self.was_pulled.add(sequence.id)
             assert len(sequence.blocks) == self.pool.blocks_for(sequence.num_kv_tokens)
             self.pulls.append(sequence.id)
         self._check_admissions()
@@ -405,7 +410,7 @@ def complete(machine: Any, rng: random.Random) -> None:
 
 def add(machine: Any, rng: random.Random) -> None:
     if isinstance(machine, PrefillMachine):
-        machine.add(rng.uniform(0.01, 1.0))
+        machine.add(rng.random() ** 3)
     else:
         machine.add(rng.uniform(0.01, 0.6), rng.randint(1, 24))
 
