@@ -60,7 +60,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, max_model_len: in
 
 
 class MiniScheduler:
-    """Drives a runner over a pool of blocks: prompts in chunks, then everybody decodes together. The blocks it hands out
+    """Drives a runner over a pool of blocks: prompts in chunks while others decode. The blocks it hands out
     are scattered on purpose."""
 
     def __init__(self, model: Model, *, block_size: int = 16, num_blocks: int = 64, max_model_len: int = 512) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.engine.support import MiniScheduler, all_logits, greedy, load_model, make_checkpoint, reference_tokens
 
 LLAMA3 = {

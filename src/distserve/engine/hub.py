@@ -110,9 +110,14 @@ def _snapshot(model: str) -> Path:
         ) from error
 
 
-def _demo() -> Path:
+def demo_path() -> Path:
+    """Where the demo model lies once it was fetched."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "distserve" / "models" / _DEMO_FILE
+    return cache / "distserve" / "models" / _DEMO_FILE
+
+
+def _demo() -> Path:
+    path = demo_path()
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
