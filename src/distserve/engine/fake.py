@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distserve.engine.base import EngineOptions, EngineResult
-from distserve.errors import PlanError
+from distserve.errors import PlanError, UsageError
 from distserve.request import FinishReason, Logprobs, Request, Token
 from distserve.sched.base import Batch
 from distserve.sched.base import Sequence as ScheduledSequence
@@ -46,6 +47,25 @@ class FakeModel:
     seconds: Callable[[Batch], float] = lambda batch: 0.0  # how long a batch takes
     # How many tokens a request's answer has where nothing cuts it short: its last is then an end-of-sequence token.
     num_output: Callable[[Request], int] = lambda request: request.sampling.max_tokens + 1
+
+
+def parse_fake(model: str) -> FakeModel:
+    """`fake:step=0.005,token=0.0001,output=50`: seconds a step and a token of it, tokens of an answer. Its tokens are
+    those of the demo model's vocabulary."""
+    settings = {"step": 0.0, "token": 0.0, "output": math.inf}
+    for item in filter(None, model.partition(":")[2].split(",")):
+        key, _, value = item.partition("=")
+        if key not in settings:
+            raise UsageError(f"{model}: {key!r} is unknown; known are {', '.join(settings)}")
+        settings[key] = float(value)
+
+    def seconds(batch: Batch) -> float:
+        return settings["step"] + settings["token"] * batch.num_tokens
+
+    def num_output(request: Request) -> int:
+        return int(min(settings["output"], request.sampling.max_tokens + 1))
+
+    return FakeModel(vocab_size=49_152, seconds=seconds, num_output=num_output)
 
 
 @dataclass(slots=True)

@@ -60,6 +60,10 @@ class Instance(Protocol):
         """The handle will not be pulled any more."""
         ...
 
+    def spent(self, handle: KVHandle) -> None:
+        """The handle was pulled, and the puller has told this instance itself."""
+        ...
+
     def holds(self, handle: KVHandle) -> bool:
         """Whether the KV is still there to be pulled."""
         ...

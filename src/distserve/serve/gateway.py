@@ -19,8 +19,9 @@ from distserve.errors import InstanceError, InstanceGone, OverloadedError, PullE
 from distserve.plan import Role
 from distserve.request import Request, Token
 from distserve.sched.router import Candidate, Router
-from distserve.serve.base import Handoff, Instance
+from distserve.serve.base import Instance
 from distserve.serve.telemetry import Telemetry
+from distserve.transfer.base import KVHandle
 
 log = logging.getLogger(__name__)
 
@@ -179,35 +180,42 @@ class Gateway:
                 stream.close()
             return
         handoff = await first.prefill(request)
-        yield [handoff.token]
-        if handoff.handle is not None:
-            async with aclosing(self._decode(request, handoff, first)) as decoding:
-                async for tokens in decoding:
-                    yield tokens
+        if handoff.handle is None:
+            yield [handoff.token]
+            return
+        async with aclosing(self._decode(request, handoff.token, handoff.handle, first)) as decoding:
+            async for tokens in decoding:
+                yield tokens
 
-    async def _decode(self, request: Request, handoff: Handoff, prefill: Instance) -> AsyncGenerator[list[Token], None]:
-        """Offers the hand-off to decode instances until one has pulled it; whoever pulled it decodes it."""
-        assert handoff.handle is not None
+    async def _decode(
+        self, request: Request, first: Token, handle: KVHandle, prefill: Instance
+    ) -> AsyncGenerator[list[Token], None]:
+        """Offers the KV to decode instances until one has pulled it; whoever pulled it decodes it. However this ends, KV
+        that was not pulled is given back."""
         pulled = False
         try:
+            yield [first]
             while True:
                 decoder = await self._pick_decode(request)
                 try:
-                    stream = decoder.decode(request, handoff.handle)
+                    stream = decoder.decode(request, handle)
                     try:
                         async for tokens in stream:
+                            if not pulled and stream.pulled:
+                                pulled = True
+                                prefill.spent(handle)
                             yield tokens
                         return
                     finally:
                         pulled = stream.pulled
                         stream.close()
                 except InstanceGone:
-                    if pulled or not prefill.holds(handoff.handle):
+                    if pulled or not prefill.holds(handle):
                         raise
                     log.warning("request %d: %s died before its pull; offered to another", request.id, decoder.name)
         finally:
             if not pulled:
-                prefill.release(handoff.handle)
+                prefill.release(handle)
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 

@@ -158,7 +158,8 @@ class InstanceLoop:
                 self._failures.append(Failure(*live.name, "engine", result.failures[sequence.id]))
                 continue
             handle = self._publish(live) if sequence.id in held else None
-            self._events.append(Event(*live.name, token, handle))
+            index = sequence.num_tokens - 1 - len(live.request.prompt)
+            self._events.append(Event(*live.name, index, token, handle))
             if not live.timed:
                 self._time(live)
         for sequence in outcome.finished:
@@ -255,8 +256,8 @@ class InstanceLoop:
                     self._release(_key(name))
             case Pulled(name=name):
                 self._release(_key(name))
-            case Audit(names=names):
-                self._audit({_key(name): name for name in names})
+            case Audit(awaited=awaited, held=held):
+                self._audit(awaited, held)
             case Meet(sources=sources):
                 self._meet(sources)
             case Part(instance=instance, source_epoch=epoch):
@@ -300,7 +301,7 @@ class InstanceLoop:
 
     def _release(self, key: int) -> None:
         live = self._live.get(key)
-        if live is not None and live.sequence.state is State.HELD:
+        if live is not None and _is_held(live):
             scheduler: HoldingScheduler = self._scheduler  # type: ignore[assignment]  # only prefill holds
             self._forget(scheduler.release(key, self._clock()))
 
@@ -325,18 +326,27 @@ class InstanceLoop:
                 self._failures.append(Failure(*live.name, "pull", f"{instance} died before the pull", "gone"))
                 self._drop(key)
 
-    def _audit(self, believed: dict[int, Name]) -> None:
+    def _audit(self, awaited: list[Name], held: list[Name]) -> None:
         now = self._clock()
-        for key in self._live.keys() - believed.keys():
+        for key in self._live.keys() - {_key(name) for name in awaited} - {_key(name) for name in held}:
             self._drop(key)
-        for key in believed.keys() & self._live.keys():
-            if self._live[key].sequence.state is State.HELD:
+        lost = [name for name in awaited if (live := self._live.get(_key(name))) is None or _is_held(live)]
+        gone = []
+        for name in held:
+            live = self._live.get(_key(name))
+            if live is not None and _is_held(live):
                 scheduler: HoldingScheduler = self._scheduler  # type: ignore[assignment]  # only prefill holds
-                scheduler.renew(key, now)
-        unknown = [name for key, name in believed.items() if key not in self._live]
-        if unknown:
-            self._flush()  # an answer that is on its way must arrive before the news that nothing is known of it
-            self._wiring.send(Unknown(self._epoch, unknown))
+                scheduler.renew(_key(name), now)
+            else:
+                gone.append(name)
+        if lost or gone:
+            self._flush()  # a token that is on its way must arrive before the news that none will come
+            self._wiring.send(Unknown(self._epoch, lost, gone))
+
+
+def _is_held(live: _Live) -> bool:
+    """Its answer is out, and its KV waits."""
+    return live.sequence.state is State.HELD
 
 
 def _key(name: Name) -> int:

@@ -58,12 +58,18 @@ def serve(options: ServeOptions) -> int:
     plan = Plan.load(options.plan) if options.plan else default_plan()
     model = options.model or plan.model or DEMO_MODEL
     with bind(options.host, options.port) as listener:
-        path = hub.resolve(model)
+        path = hub.resolve(DEMO_MODEL if is_fake(model) else model)
         spec = hub.read_spec(path)
-        found = starts(options, plan, str(path), spec)
+        found = starts(options, plan, model if is_fake(model) else str(path), spec)
         names = options.served_model_names or (model,)
         _event_loop()(_serve(options, names, str(path), spec, found, listener))
     return 0
+
+
+def is_fake(model: str) -> bool:
+    """`fake` or `fake:step=0.005,token=0.0001`: everything is real but the model, to measure and test what is around
+    it. It has the demo model's tokenizer."""
+    return model == "fake" or model.startswith("fake:")
 
 
 def _event_loop() -> Callable[..., None]:
@@ -156,6 +162,10 @@ async def _build(config: InstanceConfig, progress: Callable[[float, str], None])
 
 
 def _executor(config: InstanceConfig, allocate: Callable[[int], memoryview]) -> SharingExecutor:
+    if is_fake(config.engine.model):
+        from distserve.engine.fake import FakeExecutor, parse_fake
+
+        return FakeExecutor(config.engine, parse_fake(config.engine.model), kv_buffer_factory=allocate, verify=True)
     from distserve.engine.executor import LocalExecutor
 
     return LocalExecutor(config.engine, allocate)

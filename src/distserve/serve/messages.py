@@ -42,10 +42,11 @@ class Release(Message, frozen=True):
 
 
 class Audit(Message, frozen=True):
-    """All that the gateway believes to be alive here: renews their leases; what is not listed is dropped; what is not
-    known here comes back in `Unknown`. Heals whatever a lost message broke."""
+    """All that the gateway believes to be alive here: what it awaits tokens of, and what is held for a pull. Renews
+    leases; what is not listed is dropped; what is not so comes back in `Unknown`. Heals what lost messages broke."""
 
-    names: list[Name]
+    awaited: list[Name]
+    held: list[Name]
 
 
 class Meet(Message, frozen=True):
@@ -92,10 +93,11 @@ class Fatal(Message, frozen=True):
 
 
 class Event(msgspec.Struct, array_like=True, frozen=True):
-    """One request's token."""
+    """One request's token: number `index` of its output, so that a lost or doubled message is noticed."""
 
     id: int
     attempt: int
+    index: int
     token: Token
     handle: KVHandle | None = None  # prefill: the KV that now waits to be pulled
 
@@ -143,7 +145,10 @@ class Beat(Message, frozen=True):
 
 
 class Unknown(Message, frozen=True):
-    names: list[Name]
+    """Of an audit's names: those of which no token will come, and those that are not held (any more)."""
+
+    awaited: list[Name]
+    held: list[Name]
 
 
 class Drained(Message, frozen=True):

@@ -49,9 +49,10 @@ MEASURED_TOKENS = 64  # a step of fewer says little about the pace at which prom
 class AttemptStream:
     """What one attempt on one instance answers. One reader; `push`, `fail` and `finish` come from the wire."""
 
-    __slots__ = ("_error", "_on_close", "_over", "_tokens", "_waiter", "handle", "pulled")
+    __slots__ = ("_error", "_on_close", "_over", "_tokens", "_waiter", "handle", "num_tokens", "pulled")
 
-    def __init__(self, on_close: Callable[[], None]) -> None:
+    def __init__(self, num_tokens: int, on_close: Callable[[], None]) -> None:
+        self.num_tokens = num_tokens  # of the request's output so far: the index of the next one
         self.pulled = False
         self.handle: KVHandle | None = None
         self._tokens: list[Token] = []
@@ -64,6 +65,7 @@ class AttemptStream:
         if handle is not None:
             self.handle = handle
         self._tokens.append(token)
+        self.num_tokens += 1
         self._over = token.finish is not None
         self._notify()
 
@@ -172,7 +174,7 @@ class RemoteInstance:
         if self.ready is None:
             raise InstanceGone(f"{self.name} is not ready")
         name = (request.id, request.attempt)
-        stream = AttemptStream(lambda: self._close(name))
+        stream = AttemptStream(len(request.output), lambda: self._close(name))
         self._streams[name] = stream
         try:
             self._tell(Submit(self.epoch, request, handle))
@@ -190,12 +192,16 @@ class RemoteInstance:
         if handle.source.epoch == self.epoch and self._held.pop(name, None) is not None:
             self._tell_if_alive(Release(self.epoch, [name]))
 
+    def spent(self, handle: KVHandle) -> None:
+        if handle.source.epoch == self.epoch:
+            self._held.pop((handle.request, handle.attempt), None)  # should its notice be lost, the next audit frees it
+
     def holds(self, handle: KVHandle) -> bool:
         return handle.source.epoch == self.epoch and (handle.request, handle.attempt) in self._held
 
     def audit(self) -> None:
         """Reconciles what each side believes to be alive; renews leases. Called by a timer."""
-        self._tell_if_alive(Audit(self.epoch, [*self._streams, *self._held]))
+        self._tell_if_alive(Audit(self.epoch, [*self._streams], [*self._held]))
 
     async def drain(self) -> None:
         self._tell_if_alive(Drain(self.epoch))
@@ -237,9 +243,10 @@ class RemoteInstance:
                 self.ready = message
                 if self.on_change is not None:
                     self.on_change()
-            case Unknown(names=names):
-                for name in names:
+            case Unknown(awaited=awaited, held=held):
+                for name in held:
                     self._held.pop(name, None)
+                for name in awaited:
                     self._fail(name, StaleError(f"{self.name} knows nothing of request {name[0]}, attempt {name[1]}"))
             case Drained():
                 self._drained.set()
@@ -263,6 +270,12 @@ class RemoteInstance:
             stream = self._streams.get(name)
             if stream is None:
                 continue
+            if event.index != stream.num_tokens:
+                if event.index > stream.num_tokens:
+                    self._abandon(
+                        name, StaleError(f"{self.name}: token {stream.num_tokens} of request {name[0]} was lost")
+                    )
+                continue
             stream.push(event.token, event.handle)
             if event.handle is not None:
                 self._held[name] = event.handle
@@ -277,6 +290,10 @@ class RemoteInstance:
             )
         if self.on_step is not None:
             self.on_step(self.name, self.role, step)
+
+    def _abandon(self, name: Name, error: Exception) -> None:
+        self._fail(name, error)
+        self._tell_if_alive(Abort(self.epoch, [name]))
 
     def _fail(self, name: Name, error: Exception) -> None:
         stream = self._streams.pop(name, None)
