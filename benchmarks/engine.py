@@ -1,0 +1,208 @@
+"""How fast the engine computes on one core: ours, Hugging Face transformers and vLLM, in turns, in one run.
+
+    python -m benchmarks.engine [--vllm-python PATH] [--core 1] [--rounds 5] [--quick] [--json FILE|-]
+
+`--vllm-python` names the interpreter of a virtual environment that holds vLLM's CPU build (docs/measurements.md tells
+how to make one); without it that column says "not installed".
+
+How each number is taken. Every contender is a process pinned to `--core`, ready and idle before the first round, with
+bf16 weights of the demo model (peers get them as a Hugging Face folder that `benchmarks.export_demo` writes) and random
+prompts, the same for all.
+
+- decode, batch b, context c: b prompts of c tokens are prefilled; then in each round every contender in turn makes 8
+  greedy steps of the whole batch; a round's figure is the mean of its 8. One untimed round goes before.
+- prefill, n tokens: in each round every contender in turn computes a prompt it has not seen, from ids to the first
+  token. One untimed round goes before.
+- what is compared are medians over the rounds; the spread in the JSON is (worst - best) / median.
+- limits: memory bandwidth and bf16 matrix rate of the core (`benchmarks/engine_limits.py`), measured in the same run;
+  the best of all rounds. Our share of them: a batch-1 step must read every weight once and the context's KV; a
+  512-token prompt needs 2 operations per weight and token (the embedding's and, but for the last token, the head's
+  excepted), and causal attention's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.export_demo import export
+from benchmarks.harness import OUT, Absent, Worker, describe, machine, median, report, say, table
+from distserve.engine.hub import read_spec, resolve
+from distserve.specs import ModelSpec
+
+DECODE = [(batch, context) for context in (256, 1024) for batch in (1, 8, 32)]
+PREFILL = [128, 512, 2048]
+STEPS = 8  # decode steps of one round
+US, HF, VLLM = "distserve", "transformers", "vLLM"
+Times = dict[str, list[float]]  # by contender: seconds of a step or a prompt, one per round
+
+
+def contenders(stack: ExitStack, core: int, vllm_python: str | None) -> tuple[dict[str, Worker], dict[str, str]]:
+    """Those that can run, started and ready, and for the others why not."""
+    file = resolve("demo")
+    folder = OUT / "demo-hf"
+    if not (folder / "config.json").exists():
+        export(file, folder, "bfloat16")
+    starts: dict[str, Callable[[], Worker]] = {
+        US: lambda: Worker("benchmarks.engine_distserve", str(file), "--core", str(core), core=core),
+        HF: lambda: Worker("benchmarks.engine_transformers", str(folder), core=core),
+        VLLM: lambda: vllm(folder, core, vllm_python),
+    }
+    ready: dict[str, Worker] = {}
+    absent: dict[str, str] = {}
+    for name, start in starts.items():
+        say(f"starting {name}")
+        try:
+            ready[name] = stack.enter_context(start())
+        except Absent as error:
+            absent[name] = str(error)
+            say(f"{name}: {error}")
+    return ready, absent
+
+
+def vllm(folder: Path, core: int, python: str | None) -> Worker:
+    if python is None:
+        raise Absent("not installed")
+    return Worker("benchmarks.engine_vllm", str(folder), core=core, python=python)
+
+
+class Course:
+    """One run: the points, and who is measured on them."""
+
+    def __init__(self, workers: dict[str, Worker], limits: Worker, rounds: int, vocab: int) -> None:
+        self.workers = workers
+        self.limits = limits
+        self.rounds = rounds
+        self.random = random.Random(0)
+        self.vocab = vocab
+        self.bandwidths: list[float] = []
+        self.gemms: list[float] = []
+
+    def prompt(self, tokens: int) -> list[int]:
+        return [self.random.randrange(self.vocab) for _ in range(tokens)]
+
+    def _limits(self) -> None:
+        self.bandwidths.append(self.limits.seconds("bandwidth"))
+        self.gemms.append(self.limits.seconds("gemm"))
+
+    def decode(self, batch: int, context: int) -> Times:
+        prompts = [self.prompt(context) for _ in range(batch)]
+        for worker in self.workers.values():
+            worker.ask("open", prompts=prompts)
+        times: Times = {name: [] for name in self.workers}
+        for turn in range(self.rounds + 1):
+            for name, worker in self.workers.items():
+                seconds = worker.seconds("steps", count=STEPS) / STEPS
+                if turn:
+                    times[name].append(seconds)
+        self._limits()
+        return times
+
+    def prefill(self, tokens: int) -> Times:
+        times: Times = {name: [] for name in self.workers}
+        for turn in range(self.rounds + 1):
+            prompt = self.prompt(tokens)
+            for name, worker in self.workers.items():
+                seconds = worker.seconds("prefill", prompt=prompt)
+                if turn:
+                    times[name].append(seconds)
+        self._limits()
+        return times
+
+
+def decode_bytes(spec: ModelSpec, context: int) -> int:
+    """What a batch-1 step in bf16 has to read: every weight once (a tied embedding serves as the head), and the KV."""
+    assert spec.tied_embeddings, "an embedding of its own is not read whole"
+    return spec.weight_bytes("bfloat16") + spec.kv_layout(32, "bfloat16").token_bytes * context
+
+
+def prefill_operations(spec: ModelSpec, tokens: int) -> int:
+    """Floating-point operations of a prompt: matrices for every token, causal attention, the last one's head."""
+    attention = 2 * spec.num_layers * spec.num_heads * spec.head_dim * tokens * (tokens + 1)
+    head = spec.vocab_size * spec.hidden_size
+    assert spec.tied_embeddings
+    return 2 * (spec.num_parameters - head) * tokens + attention + 2 * head
+
+
+def row(label: str, times: Times, tokens: int, absent: dict[str, str]) -> list[str]:
+    """tokens per second of each contender, and ours over each peer's."""
+    cells = [label]
+    for name in (US, HF, VLLM):
+        if name in absent:
+            cells.append(absent[name])
+        else:
+            cells.append(f"{tokens / median(times[name]):,.1f}" if name in times else "not asked")
+    for peer in (HF, VLLM):
+        cells.append(f"{median(times[peer]) / median(times[US]):.2f}x" if peer in times else "-")
+    cells.append(f"{1e3 * median(times[US]):.1f}")
+    return cells
+
+
+def run(core: int, rounds: int, quick: bool, vllm_python: str | None) -> tuple[dict[str, object], str]:
+    spec = read_spec(resolve("demo"))
+    decodes = [(b, c) for b, c in DECODE if not quick or c == 256]
+    prefills = [n for n in PREFILL if not quick or n < 2048]
+    kind = machine()
+    with ExitStack() as stack:
+        limits = stack.enter_context(Worker("benchmarks.engine_limits", core=core))
+        workers, absent = contenders(stack, core, vllm_python)
+        course = Course(workers, limits, rounds, spec.vocab_size)
+        decoded: dict[tuple[int, int], Times] = {}
+        for batch, context in decodes:
+            say(f"decode, batch {batch}, context {context}")
+            decoded[batch, context] = course.decode(batch, context)
+        prefilled: dict[int, Times] = {}
+        for tokens in prefills:
+            say(f"prefill, {tokens} tokens")
+            prefilled[tokens] = course.prefill(tokens)
+    header = ["tokens/s", US, HF, VLLM, f"/ {HF}", f"/ {VLLM}", "ours, ms"]
+    rows = [row(f"decode b{b}, context {c}", times, b, absent) for (b, c), times in decoded.items()]
+    rows += [row(f"prefill {n}", times, n, absent) for n, times in prefilled.items()]
+    bandwidth, gemm = max(course.bandwidths), max(course.gemms)
+    decode_floor = decode_bytes(spec, 256 + STEPS * (rounds + 1) // 2) / bandwidth
+    prefill_floor = prefill_operations(spec, 512) / gemm
+    shares = {
+        "decode b1, context 256": decode_floor / median(decoded[1, 256][US]),
+        "prefill 512": prefill_floor / median(prefilled[512][US]),
+    }
+    text = "\n".join(
+        [
+            describe(kind),
+            f"one core; medians of {rounds} rounds in turns; bf16; SmolLM2-135M-Instruct",
+            "",
+            table(header, rows),
+            "",
+            f"The core reads {bandwidth / 1e9:.1f} GB/s and multiplies bf16 at {gemm / 1e9:,.0f} GFLOP/s. Our share:",
+            *(f"- {point}: {share:.0%}" for point, share in shares.items()),
+        ]
+    )
+    data: dict[str, object] = {
+        "machine": kind,
+        "rounds": rounds,
+        "decode": [{"batch": b, "context": c, "seconds": times} for (b, c), times in decoded.items()],
+        "prefill": [{"tokens": n, "seconds": times} for n, times in prefilled.items()],
+        "absent": absent,
+        "bandwidth": bandwidth,
+        "gemm": gemm,
+        "share_of_limit": shares,
+    }
+    return data, text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM's CPU build")
+    parser.add_argument("--core", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="context 256 and prompts up to 512 only")
+    parser.add_argument("--json", metavar="FILE|-")
+    arguments = parser.parse_args()
+    data, text = run(arguments.core, arguments.rounds, arguments.quick, arguments.vllm_python)
+    report(data, text, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
