@@ -10,6 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network, also where there is one
 
 import pytest
+from hypothesis import settings
+
+# Examples are the same in every run, and none is too slow: the time of one says nothing on two busy cores.
+settings.register_profile("house", derandomize=True, deadline=None)
+settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

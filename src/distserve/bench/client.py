@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass
 
@@ -83,9 +84,9 @@ class Client:
         except TimeoutError:
             status, message = TIMEOUT, f"no complete answer within {self._timeout:g} s"
         except aiohttp.ClientConnectorError as error:
-            status, message = UNREACHABLE, str(error)
+            status, message = UNREACHABLE, reason(error)
         except (aiohttp.ClientError, ConnectionError) as error:
-            status, message = DISCONNECTED, str(error) or type(error).__name__
+            status, message = DISCONNECTED, reason(error)
         except BadStreamError as error:
             status, message = BAD_STREAM, str(error)
         return _result(answer, asked, due, sent, status, message)
@@ -128,6 +129,14 @@ def _status(code: int) -> str:
     if code in (429, 503):
         return REFUSED if code == 429 else UNAVAILABLE
     return REJECTED if 400 <= code < 500 else SERVER_ERROR
+
+
+def reason(error: Exception) -> str:
+    """What a failed connection met, in the system's words."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
+        return os.strerror(cause.errno)
+    return " ".join(str(cause).split()) or type(cause).__name__
 
 
 async def _error(response: aiohttp.ClientResponse) -> str:

@@ -48,8 +48,9 @@ def run(options: BenchOptions) -> int:
     if options.scale:
         workload = workload.scaled(options.scale[0], options.scale[-1])
     _check(options, workload)
+    runs = [_draw(options, workload, rate) for rate in options.rates or (None,)]
     _raise_file_limit()
-    bench = _Bench(options, workload)
+    bench = _Bench(options, workload, runs)
     try:
         uvloop.run(bench.go())
     except servers.NoServerError as error:
@@ -71,6 +72,21 @@ def _check(options: BenchOptions, workload: Workload) -> None:
                 raise UsageError(f"{option} {path}: cannot be written: name a file in a folder that exists")
 
 
+def _draw(options: BenchOptions, workload: Workload, rate: float | None) -> Workload:
+    """The requests of one run."""
+    if rate is not None:
+        number = options.requests or max(100, math.ceil(60 * rate))
+        workload = workload.draw(rate, number, seed=options.seed, cv=options.cv)
+    elif options.requests is not None:
+        workload = workload.head(options.requests)
+    if options.warmup is not None and options.warmup > workload.span:
+        span = workload.span
+        raise UsageError(
+            f"--warmup {options.warmup:g} is longer than the arrivals, {span:g} s: lower it, or offer more"
+        )
+    return workload if options.context is None else workload.clipped(options.context)
+
+
 def _raise_file_limit() -> None:
     """A connection is an open file; the usual 1,024 are soon in flight."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -81,8 +97,9 @@ def _raise_file_limit() -> None:
 class _Bench:
     """The runs of one command."""
 
-    def __init__(self, options: BenchOptions, workload: Workload) -> None:
+    def __init__(self, options: BenchOptions, workload: Workload, runs: list[Workload]) -> None:
         self._options = options
+        self._runs = runs
         self._workload = workload
         self._server = servers.Server(options.model, None)
         self._outcomes: list[Outcome] = []
@@ -99,8 +116,8 @@ class _Bench:
                 self._server = await servers.look(client, options.model)
                 chat = options.endpoint == "chat"
                 prompts = await servers.learn(client, self._server, chat=chat, kind=options.prompts, seed=options.seed)
-                for rate in options.rates or (None,):
-                    await self._one(client, prompts, rate)
+                for drawn in self._runs:
+                    await self._one(client, prompts, drawn)
                     if self._interrupted:
                         break
                     self._dead = not await servers.alive(client)
@@ -114,9 +131,10 @@ class _Bench:
         elif self._task is not None:
             self._task.cancel()  # still asking the server about itself
 
-    async def _one(self, client: Client, prompts: servers.Prompts, rate: float | None) -> None:
+    async def _one(self, client: Client, prompts: servers.Prompts, drawn: Workload) -> None:
         options = self._options
-        drawn = self._draw(rate)
+        if options.context is None and self._server.context is not None:
+            drawn = drawn.clipped(self._server.context)
         bodies: dict[int, bytes] = {}
 
         def prepare(number: int, request: Arrival) -> None:
@@ -127,25 +145,12 @@ class _Bench:
 
         warmup = options.warmup
         if warmup is None:
-            warmup = metrics.default_warmup(drawn.span) if rate is not None else 0.0
-        elif warmup > drawn.span:
-            raise UsageError(
-                f"--warmup {warmup:g} is longer than the arrivals, {drawn.span:g} s: lower it, or offer more"
-            )
+            warmup = metrics.default_warmup(drawn.span) if drawn.rate is not None else 0.0
         self._load = Load(drawn.arrivals, send, prepare)
         with show.live(self._load, options.targets, self._title(drawn)):
             run = await self._load.go()
         if run.results:
             self._outcomes.append(self._outcome(run, drawn, prompts, warmup))
-
-    def _draw(self, rate: float | None) -> Workload:
-        options, workload = self._options, self._workload
-        if rate is not None:
-            number = options.requests or max(100, math.ceil(60 * rate))
-            workload = workload.draw(rate, number, seed=options.seed, cv=options.cv)
-        elif options.requests is not None:
-            workload = workload.head(options.requests)
-        return servers.fit(workload, options.context or self._server.context)
 
     @property
     def _path(self) -> str:

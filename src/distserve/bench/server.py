@@ -13,9 +13,8 @@ from typing import Any
 
 import aiohttp
 
-from distserve.bench.client import Client
+from distserve.bench.client import Client, reason
 from distserve.errors import DistserveError, UsageError
-from distserve.workload import Workload
 
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=30)
 # Short and common: a token each in most vocabularies (asked of /tokenize where there is one).
@@ -77,9 +76,7 @@ async def look(client: Client, wanted: str | None) -> Server:
             listed = (await response.json(content_type=None))["data"]
             models = {str(entry["id"]): entry.get("max_model_len") for entry in listed}
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-        raise NoServerError(
-            f"no server answers at {client.url} ({str(error) or type(error).__name__}): start one, or mend --url"
-        ) from None
+        raise NoServerError(f"no server answers at {client.url} ({reason(error)}): start one, or mend --url") from None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise NoServerError(f"{client.url}/v1/models does not answer as OpenAI's API: is --url right?") from None
     if wanted is not None and wanted not in models:
@@ -153,8 +150,3 @@ class _Tokenizer:
             self._missing = True
             return None
         return found
-
-
-def fit(workload: Workload, context: int | None) -> Workload:
-    """The workload cut to the server's context, where that is known."""
-    return workload if context is None else workload.clipped(context)

@@ -1,0 +1,192 @@
+"""`distserve bench` as people run it: a process of its own against a server."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.bench.standin import StandIn, serving
+
+WORKLOAD = "arrival,prompt_tokens,output_tokens\n" + "".join(f"{i * 0.02},{10 + i},{1 + i % 5}\n" for i in range(30))
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    with serving() as standin:
+        yield standin
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    path = tmp_path / "w.csv"
+    path.write_text(WORKLOAD)
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "distserve", "bench", *map(str, arguments)]
+
+
+def bench(*arguments: object) -> tuple[int, str, str]:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def bench_json(*arguments: object) -> tuple[int, dict[str, Any]]:
+    status, out, _ = bench(*arguments, "--json", "-")
+    return status, json.loads(out)  # nothing else is on stdout
+
+
+def test_a_file_is_replayed_whole_and_exactly(server: StandIn, workload: Path, tmp_path: Path) -> None:
+    server.behaviour.first = 0.02
+    rows = tmp_path / "rows.csv"
+    status, report = bench_json(
+        "--url", server.url + "/v1/", "-w", workload, "--slo", "ttft=5,tpot=5", "--requests-out", rows
+    )
+    assert status == 0
+    assert (report["requests"], report["counted"], report["completed"], report["warmup"]) == (30, 30, 30, 0)
+    assert report["attainment"] == {"joint": 1.0, "ttft": 1.0, "tpot": 1.0}
+    assert report["slo"] == {"ttft": 5, "tpot": 5}
+    assert report["rate"] == pytest.approx(50, rel=0.01)
+    assert report["seed"] is None
+    assert 0.02 <= report["ttft"]["p50"] < 1
+    assert (report["model"], report["workload"], report["failed"]) == ("stand-in", "w.csv", {})
+    assert [len(body["prompt"]) for body in server.bodies] == [10 + i for i in range(30)]
+    assert {body["ignore_eos"] for body in server.bodies} == {True}
+    with rows.open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["arrival"]) for row in table] == pytest.approx([i * 0.02 for i in range(30)])
+    assert [int(row["output_tokens"]) for row in table] == [1 + i % 5 for i in range(30)]
+    assert {row["status"] for row in table} == {"ok"}
+    assert (table[0]["tpot"], table[1]["tpot"] != "") == ("", True)
+
+
+def test_drawn_arrivals_drop_their_warm_up(server: StandIn) -> None:
+    status, report = bench_json(
+        "--url", server.url, "-w", "humaneval", "--rate", 100, "-n", 50, "--fixed", "--scale", "0.5,0.1",
+        "--devices", 2, "--seed", 5,
+    )  # fmt: skip
+    assert status == 0
+    assert (report["requests"], report["rate"], report["rate_per_device"], report["seed"]) == (50, 100, 50, 5)
+    assert report["warmup"] == pytest.approx(0.049)
+    assert report["counted"] == 45
+    assert report["slo"] == {"ttft": None, "tpot": None}
+
+
+def test_a_goal_that_is_missed_is_status_1(server: StandIn, workload: Path) -> None:
+    server.behaviour.first = 0.05
+    arguments = ("--url", server.url, "-w", workload, "--slo", "ttft=1ms")
+    status, out, _ = bench(*arguments, "--goal", 0.9)
+    assert status == 1
+    assert "goal 90% missed" in out
+    assert bench(*arguments)[0] == 0
+    assert bench("--url", server.url, "-w", workload, "--slo", "ttft=60", "--goal", 0.9)[0] == 0
+
+
+def test_refused_requests_are_offered_ones_that_meet_nothing(server: StandIn, workload: Path) -> None:
+    server.behaviour.fail_every = 3
+    status, out, err = bench("--url", server.url, "-w", workload, "--json", "-")
+    report = json.loads(out)
+    assert status == 0
+    assert report["failed"] == {"refused": 10}
+    assert report["attainment"]["joint"] == pytest.approx(20 / 30)
+    assert "10 requests refused, the first: HTTP 429" in err
+
+
+def test_a_sweep_reports_each_rate_and_the_goodput(server: StandIn) -> None:
+    status, report = bench_json(
+        "--url", server.url, "-w", "humaneval", "--rates", "50,100", "-n", 20, "--scale", "1,0.05", "--slo", "ttft=60",
+    )  # fmt: skip
+    assert status == 0
+    assert [run["rate"] for run in report["runs"]] == [50, 100]
+    assert (report["goodput"], report["goal"]) == (100, 0.9)
+
+
+def test_chat_with_text(server: StandIn, workload: Path) -> None:
+    server.behaviour.chat_role = True
+    status, report = bench_json("--url", server.url, "-w", workload, "--endpoint", "chat", "-n", 5)
+    assert (status, report["requests"]) == (0, 5)
+    assert report["warnings"] == []
+    assert "messages" in server.bodies[0]
+
+
+def test_requests_beyond_the_context_are_cut_and_said(server: StandIn, tmp_path: Path) -> None:
+    server.behaviour.context = 20
+    path = tmp_path / "w.jsonl"
+    path.write_text('{"arrival": 0, "prompt_tokens": 100, "output_tokens": 5}\n')
+    _, report = bench_json("--url", server.url, "-w", path)
+    assert len(server.bodies[0]["prompt"]) == 15
+    assert any("cut to the context of 20 tokens" in warning for warning in report["warnings"])
+
+
+def test_ctrl_c_reports_what_was_measured(server: StandIn, tmp_path: Path) -> None:
+    server.behaviour.gap = 1.0
+    path = tmp_path / "w.csv"
+    path.write_text("arrival,prompt_tokens,output_tokens\n0,5,1\n0,5,1\n0.5,5,60\n3600,5,2\n")
+    out = tmp_path / "report.json"
+    process = subprocess.Popen(
+        command("--url", server.url, "-w", path, "--json", out), stderr=subprocess.PIPE, text=True
+    )
+    server.wait_for(3)  # the first two were answered half a second ago, the third will take a minute
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    report = json.loads(out.read_text())
+    assert report["interrupted"]
+    assert (report["requests"], report["completed"]) == (2, 2)
+    assert any("1 requests in flight were dropped" in warning for warning in report["warnings"])
+
+
+def test_ctrl_c_before_anything_is_quiet(server: StandIn, workload: Path) -> None:
+    server.behaviour.held = True
+    process = subprocess.Popen(command("--url", server.url, "-w", workload), stderr=subprocess.PIPE, text=True)
+    server.wait_for(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    server.behaviour.hold.set()
+    assert process.returncode == 130
+    assert "nothing was measured" in err
+    assert "Traceback" not in err
+
+
+def test_a_server_that_dies_is_status_1_and_reported(server: StandIn, tmp_path: Path) -> None:
+    path = tmp_path / "w.csv"
+    path.write_text("arrival,prompt_tokens,output_tokens\n0,5,2\n0.1,5,2\n1.5,5,2\n2.0,5,2\n")
+    process = subprocess.Popen(
+        command("--url", server.url, "-w", path, "--json", "-"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    server.wait_for(2)
+    server.stop()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "no longer answers" in err
+    report = json.loads(out)
+    assert report["requests"] == 4
+    assert report["failed"].get("unreachable", 0) >= 2
+
+
+def test_no_server_at_all_is_status_1_in_one_line(workload: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        status, out, err = bench("--url", f"127.0.0.1:{unused.getsockname()[1]}", "-w", workload)
+    assert (status, out) == (1, "")
+    assert err.startswith("distserve: error: no server answers at http://127.0.0.1:")
+    assert err.count("\n") == 1
+
+
+def test_every_request_failing_is_status_1(server: StandIn, workload: Path) -> None:
+    server.behaviour.status = 500
+    assert bench("--url", server.url, "-w", workload)[0] == 1
