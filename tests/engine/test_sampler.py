@@ -150,6 +150,7 @@ def test_greedy_takes_the_first_of_equals() -> None:
 def test_penalties_equal_the_naive_ones() -> None:
     prompt, output = [5, 6, 7, 7], [8, 9, 8, 8, 5]
     row = logits(4)
+    names = ("presence_penalty", "frequency_penalty", "repetition_penalty")
     for presence, frequency, repetition in ((1.5, 0, 1.0), (0, 0.7, 1.0), (0, 0, 1.8), (-1.0, 0.5, 0.6)):
         expected = row[0].clone()
         for token in set(prompt) | set(output):
@@ -157,7 +158,11 @@ def test_penalties_equal_the_naive_ones() -> None:
         for token in set(output):
             expected[token] -= presence + frequency * output.count(token)
         probabilities = torch.softmax(expected, 0)
-        sampling = {"presence_penalty": presence, "frequency_penalty": frequency, "repetition_penalty": repetition}
+        sampling: dict[str, Any] = {
+            "presence_penalty": presence,
+            "frequency_penalty": frequency,
+            "repetition_penalty": repetition,
+        }
         assert one(row, state(prompt, output, temperature=0, **sampling)).id == int(expected.argmax())
         order = sorted(range(VOCAB), key=lambda i: (-probabilities[i], i))
         cumulative = torch.cumsum(probabilities[order].double(), 0)

@@ -26,7 +26,7 @@ from distserve.request import FinishReason, Logprobs, SamplingParams, Token
 Row = NDArray[np.float32]  # [V]
 
 # Candidates are first sought among tokens at least this likely relative to the likeliest; sorting all comes last.
-_CUTOFFS = (1e-3, 1e-5, 0.0)
+_CUTOFFS = (1e-3, 0.0)
 
 NOT_FINITE = (
     "the model computed logits that are not finite numbers; the checkpoint or its dtype is unfit for this prompt"
@@ -113,16 +113,17 @@ def _adjust(row: Row, state: RequestState) -> Row:
 
 def draw(row: Row, sampling: SamplingParams, number: float) -> int:
     """The token at which the cumulative probability of the kept tokens, likeliest first, passes `number` in [0, 1)."""
-    weights = np.exp((row - row.max()) / np.float32(sampling.temperature))
+    weights = row - row.max()
+    weights *= np.float32(1 / sampling.temperature)
+    np.exp(weights, out=weights)
     top_k = sampling.top_k if 0 < sampling.top_k < len(row) else None
-    total = float(weights.sum(dtype=np.float64)) if top_k is None and sampling.min_p == 0 else None
+    total = float(weights.sum()) if top_k is None and sampling.min_p == 0 else None
     for cutoff in _CUTOFFS:
-        candidates = np.flatnonzero(weights >= cutoff)
-        values = weights[candidates]
-        order = np.argsort(-values, kind="stable")
-        place = _pick(values[order], cutoff, sampling, top_k, total, number)
+        values = np.sort(weights[weights >= cutoff])[::-1]
+        place = _pick(values, cutoff, sampling, top_k, total, number)
         if place is not None:
-            return int(candidates[order[place]])
+            equals = np.flatnonzero(weights == values[place])
+            return int(equals[place - np.searchsorted(-values, -values[place])])
     raise AssertionError("the last cutoff keeps every token")
 
 
