@@ -6,12 +6,12 @@ import asyncio
 import random
 
 import pytest
+from tests.serve.rig import Rig, disaggregated
 
 from distserve.errors import InstanceError, RequestError, UnavailableError
 from distserve.plan import Role
 from distserve.serve.gateway import GatewayLimits
 from distserve.serve.messages import Abort, Audit, Release, Step, Submit
-from tests.serve.rig import Rig, disaggregated
 
 COLOCATED = {"colocated-0": Role.COLOCATED}
 
@@ -82,22 +82,20 @@ async def test_requests_wait_for_the_only_decode_to_come_back() -> None:
 async def test_held_kv_is_offered_to_another_decode() -> None:
     """Decode dies before its pull: the prompt is not computed again."""
     async with Rig(disaggregated(1, 2)) as rig:
-        submitted: list[str] = []
+        submitted: list[int] = []
+        first = asyncio.Event()
 
         def lose_first_decode(message: object) -> int:
             if isinstance(message, Submit) and message.handle is not None:
-                submitted.append("decode")
+                submitted.append(message.epoch)
+                first.set()
                 return len(submitted) > 1
             return 1
 
         rig.to_instance = lose_first_decode
         answer = asyncio.create_task(rig.answer(50, 10, 1))
-        while not submitted:
-            await asyncio.sleep(0.001)
-        chosen = next(
-            name for name, node in rig.nodes.items() if node.remote.role is Role.DECODE and node.remote._streams
-        )
-        await rig.kill(chosen)
+        await first.wait()
+        await rig.kill(next(name for name, node in rig.nodes.items() if node.remote.epoch == submitted[0]))
         assert await answer == await expected(50, 10, 1)
         assert len(submitted) == 2
         assert sum(rig.metric("distserve:request_retries_total", reason=r) for r in ("InstanceGone", "StaleError")) == 0

@@ -39,6 +39,11 @@ class Instance(Protocol):
     tokens_per_second: float  # of prompts, measured
 
     @property
+    def pid(self) -> int | None:
+        """Of its process, for people; None while it has none."""
+        ...
+
+    @property
     def max_model_len(self) -> int:
         """Tokens of the longest sequence it can hold; 0 while it is not alive."""
         ...

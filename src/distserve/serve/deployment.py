@@ -16,7 +16,7 @@ from distserve.serve import machine
 from distserve.serve.config import InstanceConfig
 from distserve.serve.fleet import Start
 from distserve.serve.options import ServeOptions
-from distserve.specs import ModelSpec
+from distserve.specs import KVLayout, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def starts(options: ServeOptions, plan: Plan, model: str, spec: ModelSpec) -> li
     where = {name: ranks[0] for name, ranks in placement.ranks.items()}
     dtype = spec.dtype if options.dtype == "auto" else options.dtype
     sizes = {r.name: _kv_bytes(options, r, where, spec.weight_bytes(dtype), on_cpu) for r in plan.replicas()}
+    _check_blocks(sizes, spec.kv_layout(options.block_size, dtype))
     if on_cpu:
         _check_memory(sizes, spec.weight_bytes(dtype))
     found = []
@@ -103,6 +104,15 @@ def _kv_bytes(
             "or a smaller model"
         )
     return left
+
+
+def _check_blocks(sizes: dict[str, int], layout: KVLayout) -> None:
+    for name, size in sizes.items():
+        if size < layout.block_bytes:
+            raise PlanError(
+                f"{size} bytes of KV memory hold no block of {layout.block_size} tokens: {name} needs at least "
+                f"{layout.block_bytes} bytes (--kv-memory, or kv_memory in the plan)"
+            )
 
 
 def _check_memory(sizes: dict[str, int], weights: int) -> None:

@@ -70,13 +70,16 @@ class Gateway:
 
     def status(self) -> dict[str, object]:
         """What `/health` tells beside yes or no."""
-        down = [instance.name for instance in self.instances if not instance.alive]
+        instances = [
+            {"name": instance.name, "role": instance.role, "alive": instance.alive, "pid": instance.pid}
+            for instance in self.instances
+        ]
         missing = [
             str(role)
             for role, there in ((Role.PREFILL, self._has_prefill()), (Role.DECODE, self._has_decode()))
             if not there
         ]
-        return {"missing": missing, "instances_down": down, "draining": self._closing, "requests": self.num_live}
+        return {"missing": missing, "instances": instances, "draining": self._closing, "requests": self.num_live}
 
     def changed(self) -> None:
         """An instance became ready or was lost: whoever waits for one looks again."""
@@ -190,8 +193,8 @@ class Gateway:
     async def _decode(
         self, request: Request, first: Token, handle: KVHandle, prefill: Instance
     ) -> AsyncGenerator[list[Token], None]:
-        """Offers the KV to decode instances until one has pulled it; whoever pulled it decodes it. However this ends, KV
-        that was not pulled is given back."""
+        """Offers the KV to decode instances until one has pulled it; whoever pulled it decodes it. However this ends,
+        KV that was not pulled is given back."""
         pulled = False
         try:
             yield [first]

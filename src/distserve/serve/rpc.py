@@ -144,6 +144,10 @@ class RemoteInstance:
         return self.ready is not None
 
     @property
+    def pid(self) -> int | None:
+        return self.ready.pid if self.ready is not None else None
+
+    @property
     def max_model_len(self) -> int:
         return self.ready.max_model_len if self.ready is not None else 0
 

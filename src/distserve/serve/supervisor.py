@@ -113,9 +113,10 @@ class Supervisor:
         process = self._process
         if process is None:
             return
-        self.remote.tell(Stop(self.remote.epoch))
-        if process.stdin is not None:
-            process.stdin.close()
+        if self.remote.alive:
+            self.remote.tell(Stop(self.remote.epoch))
+        elif process.stdin is not None:
+            process.stdin.close()  # it still loads and does not listen, but it watches its life line
         try:
             await asyncio.wait_for(process.wait(), KILL_AFTER)
         except TimeoutError:
