@@ -181,3 +181,10 @@ def test_a_reader_that_goes_away_is_no_crash() -> None:
     process.stdout.close()
     _, err = process.communicate(timeout=60)
     assert b"Traceback" not in err
+
+
+def test_the_reference_is_up_to_date() -> None:
+    root = Path(__file__).parent.parent
+    made = subprocess.run([sys.executable, root / "scripts/docs.py", "-"], capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0, made.stderr
+    assert (root / "docs/reference/cli.md").read_text() == made.stdout, "run: python scripts/docs.py"

@@ -37,8 +37,8 @@ def distserve(
 
     \b
     Start here:
-      distserve serve                                    a small real model on http://127.0.0.1:8000
-      distserve bench --rate 2 --workload humaneval      load it, and see what it attains
+      distserve serve                                  # a small real model on http://127.0.0.1:8000
+      distserve bench --rate 1 --workload humaneval    # load it, and see what it attains
     """
     if version:
         from importlib.metadata import version as installed

@@ -29,8 +29,8 @@ from distserve.metrics import Report
 from distserve.traces import Arrival
 from distserve.workload import Workload
 
-_LATE = 0.010  # seconds at p99 from which on the client itself spoils the figures
-_BUSY = 0.9  # share of a core from which on it is likely to
+# The client itself spoils the figures from so late on at p99: seconds, and share of the median TTFT.
+_LATE, _LATE_SHARE = 0.010, 0.05
 
 
 @dataclass(slots=True)
@@ -287,11 +287,12 @@ def _warnings(run: Run, options: BenchOptions) -> Iterator[str]:
     if off and sum(off) / len(off) > 0.01:
         yield f"prompts are {sum(off) / len(off):.0%} off the workload's lengths: the server's own count is reported"
     late, lag = lateness(run)
-    busy = run.cpu / run.seconds if run.seconds else 0.0
-    if late > _LATE or lag > _LATE or busy > _BUSY:
+    waits = sorted(result.record.ttft for result in good if result.record.ttft is not None)
+    if max(late, lag) > max(_LATE, _LATE_SHARE * metrics.quantile(waits, 0.5) if waits else 0.0):
         yield (
-            f"this client was the bottleneck: requests left {late * 1000:.0f} ms late and its loop lagged "
-            f"{lag * 1000:.0f} ms at p99, at {busy:.0%} of a core; latencies include that: give it a core of its own"
+            f"this client could not keep time: at p99 requests left {late * 1000:.0f} ms late and its loop lagged "
+            f"{lag * 1000:.0f} ms, which latencies include; it used {run.cpu / run.seconds:.0%} of a core: give it one "
+            "that the server does not use"
         )
 
 

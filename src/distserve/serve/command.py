@@ -105,10 +105,10 @@ def serve(
 
     \b
     Examples:
-      distserve serve                                        the demo model
-      distserve serve ./my-model --port 9000                 a checkpoint in a folder
-      distserve serve model.gguf --kv-memory 2GiB            weights as llama.cpp has them
-      distserve serve meta-llama/Llama-3.1-8B --plan p.toml  two prefill, six decode: as the plan says
+      distserve serve                                        # the demo model
+      distserve serve ./my-model --port 9000                 # a checkpoint in a folder
+      distserve serve model.gguf --kv-memory 2GiB            # weights as llama.cpp has them
+      distserve serve meta-llama/Llama-3.1-8B --plan p.toml  # the instances that the plan names
     """
     try:
         memory = parse_memory(kv_memory) if kv_memory is not None else None
