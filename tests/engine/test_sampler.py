@@ -150,7 +150,6 @@ def test_greedy_takes_the_first_of_equals() -> None:
 def test_penalties_equal_the_naive_ones() -> None:
     prompt, output = [5, 6, 7, 7], [8, 9, 8, 8, 5]
     row = logits(4)
-    names = ("presence_penalty", "frequency_penalty", "repetition_penalty")
     for presence, frequency, repetition in ((1.5, 0, 1.0), (0, 0.7, 1.0), (0, 0, 1.8), (-1.0, 0.5, 0.6)):
         expected = row[0].clone()
         for token in set(prompt) | set(output):

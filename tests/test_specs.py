@@ -1,0 +1,110 @@
+"""A model's numbers out of the configurations that checkpoints come with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engine.support import make_checkpoint
+
+from distserve.errors import ModelError
+from distserve.specs import KVLayout, ModelSpec
+
+LLAMA_31_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "torch_dtype": "bfloat16",
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+}
+
+
+def test_llama_31_8b() -> None:
+    spec = ModelSpec.from_config(LLAMA_31_8B, {"eos_token_id": [128001, 128009]})
+    assert spec.num_parameters == 8_030_261_248  # as the model's card says
+    assert spec.weight_bytes("bfloat16") == 2 * spec.num_parameters
+    assert spec.head_dim == 128
+    assert spec.max_model_len == 131072
+    assert spec.eos_token_ids == (128001, 128008, 128009)
+    assert spec.rope_scaling is not None
+    assert spec.rope_scaling["rope_type"] == "llama3"
+    assert spec.rope_theta == 500000.0
+    assert spec.kv_layout(32, "bfloat16").token_bytes == 131072
+    assert spec.kv_layout(32, "bfloat16").block_bytes == 32 * 131072
+
+
+def test_smollm2_135m() -> None:
+    config = {
+        **LLAMA_31_8B,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+    }
+    assert ModelSpec.from_config(config).num_parameters == 134_515_008
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_parameters_are_those_that_transformers_counts(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, **changes)
+    spec = ModelSpec.from_config(json.loads((tmp_path / "config.json").read_text()))
+    assert spec.num_parameters == model.num_parameters()
+
+
+def test_rope_is_read_in_both_notations() -> None:
+    new = {**LLAMA_31_8B, "rope_parameters": {**LLAMA_31_8B["rope_scaling"], "rope_theta": 500000.0}}
+    del new["rope_theta"], new["rope_scaling"]
+    assert ModelSpec.from_config(new) == ModelSpec.from_config(LLAMA_31_8B)
+    plain = {**new, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    assert ModelSpec.from_config(plain).rope_scaling is None
+    assert ModelSpec.from_config(plain).rope_theta == 7.0
+    old = {**LLAMA_31_8B, "rope_scaling": {"type": "linear", "factor": 2.0}, "max_position_embeddings": 4096}
+    assert ModelSpec.from_config(old).rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert ModelSpec.from_config(old).max_model_len == 8192
+    yarn = {**old, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    assert ModelSpec.from_config(yarn).max_model_len == 16384
+
+
+def test_mistral_has_a_window_unless_it_says_otherwise() -> None:
+    mistral = {**LLAMA_31_8B, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    assert ModelSpec.from_config(mistral).sliding_window == 4096
+    assert ModelSpec.from_config({**mistral, "sliding_window": None}).sliding_window is None
+    assert ModelSpec.from_config({**LLAMA_31_8B, "sliding_window": 77}).sliding_window is None
+    assert ModelSpec.from_config(mistral).family == "llama"
+
+
+def test_what_is_missing_or_absurd_is_named() -> None:
+    with pytest.raises(ModelError, match="model type None"):
+        ModelSpec.from_config({})
+    with pytest.raises(ModelError, match="no number 'vocab_size'"):
+        ModelSpec.from_config({**LLAMA_31_8B, "vocab_size": "many"})
+    with pytest.raises(ModelError, match="num_layers = 0; at least 1"):
+        ModelSpec.from_config({**LLAMA_31_8B, "num_hidden_layers": 0})
+
+
+def test_layouts_are_equal_by_value() -> None:
+    one = KVLayout(2, 3, 64, 32, "float32")
+    assert one == KVLayout(2, 3, 64, 32, "float32")
+    assert one.token_bytes == 2 * 2 * 3 * 64 * 4
