@@ -1,5 +1,6 @@
 """A whole server in one event loop: the real gateway, driver, schedulers and shared-memory transport, and fake
-executors that check on every step that each block holds what its sequence's tokens imply. Faults are injected at the wire.
+executors that check on every step that each block holds what its sequence's tokens imply. Faults are injected at the
+wire.
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ class SharedMemory:
             self._fd, self._file = tempfile.mkstemp(prefix="distserve-kv-")
             self.path = self._file
         os.ftruncate(self._fd, max(size, 1))
-        self._map = mmap.mmap(self._fd, max(size, 1))
-        self.buffer = memoryview(self._map)[:size]
+        self.buffer = memoryview(mmap.mmap(self._fd, max(size, 1)))[:size]
 
     def close(self) -> None:
         """Gives the memory back. Views that others still hold (tensors over it) keep the mapping until they go."""
@@ -35,6 +34,7 @@ class SharedMemory:
             return
         os.close(self._fd)
         self._fd = -1
+        self.buffer = memoryview(b"")
         if self._file is not None:
             os.unlink(self._file)
 
