@@ -127,6 +127,14 @@ class Gateway:
             self.end(call, "FAILED")
             call.told.append("left")
             self.finish(call)
+            faults = self.world.faults
+            if not (faults.loss or faults.late or faults.hangs or faults.slow):
+                self.world.at(1.0, self.check_gone, id)
+
+    def check_gone(self, id: int) -> None:
+        for instance in self.world.instances.values():
+            keys = [live.submit.key for live in instance.live.values()]
+            assert id not in {key[0] for key in keys}, f"{instance.name} works for a client that left a second ago"
 
     def retry(self, call: Call, why: str) -> None:
         self.let_go(call)
@@ -148,8 +156,9 @@ class Gateway:
         self.finish(call)
 
     def let_go(self, call: Call) -> None:
-        for place in {call.prefill, call.decode} - {None}:
-            self.tell(place, "abort", call.key)
+        for place in dict.fromkeys((call.prefill, call.decode)):  # in this order: a seed replays exactly
+            if place is not None:
+                self.tell(place, "abort", call.key)
 
     def end(self, call: Call, how: str) -> None:
         assert call.key not in self.ends, f"attempt {call.key} ended as {self.ends[call.key]} and as {how}"
@@ -185,13 +194,13 @@ class Gateway:
         call = self.find(event.key)
         if call is None:
             return
-        if event.index < len(call.output):
-            assert call.output[event.index] == event.token, "another token at the same place"
+        if event.number < len(call.output):
+            assert call.output[event.number] == event.token, "another token at the same place"
             self.world.seen["token came twice"] += 1
             return
         if place == call.decode:
             call.handle = None  # who generates has pulled
-        call.early[event.index] = event
+        call.early[event.number] = event
         while (event_now := call.early.pop(len(call.output), None)) is not None:
             call.output.append(event_now.token)
             call.sign = self.world.now
@@ -252,8 +261,7 @@ class Gateway:
             call.told.append("connection closed")
             self.finish(call)
 
-    def tell(self, place: tuple[str, int] | None, kind: str, what: Any) -> None:
-        assert place is not None
+    def tell(self, place: tuple[str, int], kind: str, what: Any) -> None:
         name, epoch = place
         self.world.send("gateway", name, self.world.instances[name].receive, epoch, kind, what)
 
@@ -264,7 +272,7 @@ class Gateway:
 def check_answer(call: Call) -> None:
     """Invariants 5 and 6 as the client sees them."""
     assert len(call.told) == 1, f"request {call.id} was told {call.told}"
-    expected = [token_of(call.id, index) for index in range(call.last)]
+    expected = [token_of(call.id, number) for number in range(call.last)]
     assert call.output == expected[: len(call.output)], f"request {call.id}: wrong tokens"
     if call.told == ["done"]:
         assert call.output == expected, f"request {call.id} lacks tokens"

@@ -22,9 +22,9 @@ from distserve.sched.decode import DecodeScheduler
 from distserve.sched.policy import ColocatedPolicy, DecodePolicy, PrefillPolicy
 from distserve.sched.prefill import PrefillScheduler
 
-LEASE = 3.0
+LEASE = 1.0
 BLOCK_SIZE = 4
-TIMER = 0.5  # seconds between two beats, audits, looks at the leases
+TIMER = 0.25  # seconds between two beats, audits, looks at the leases
 
 Key = tuple[int, int]  # request and attempt
 Slot = tuple[int, int] | None  # request and position whose KV lies there
@@ -67,18 +67,18 @@ class Submit(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A token: the `index`-th of the answer."""
+    """A token: the `number`-th of the answer, from 0."""
 
     key: Key
-    index: int
+    number: int
     token: int
     finish: bool
     handle: Handle | None
 
 
-def token_of(request: int, index: int) -> int:
+def token_of(request: int, number: int) -> int:
     """What the model says: greedy and seeded sampling depend on nothing but the request."""
-    return (request * 1_000_003 + index * 7_919) % 50_021
+    return (request * 1_000_003 + number * 7_919) % 50_021
 
 
 class World:
@@ -101,10 +101,12 @@ class World:
         heapq.heappush(self._heap, (self.now + delay, self._count, what, arguments))
 
     def run(self, until: float) -> None:
+        """Lets everything happen that is due by then."""
         heap = self._heap
         while heap and heap[0][0] <= until:
             self.now, _, what, arguments = heapq.heappop(heap)
             what(*arguments)
+        self.now = until
 
     def happens(self, probability: float) -> bool:
         return probability > 0 and self.now < self.calm_from and self.rng.random() < probability
@@ -154,6 +156,7 @@ class Instance:
     def __post_init__(self) -> None:
         self.epoch = 0  # 0: down
         self.hung = False
+        self.deaf = False  # the gateway that it listened to is dead
         self.start()
 
     def start(self) -> None:
@@ -179,6 +182,7 @@ class Instance:
 
     def die(self) -> None:
         self.epoch = 0
+        self.live = {}
 
     @property
     def up(self) -> bool:
@@ -196,8 +200,8 @@ class Instance:
     def on_submit(self, submit: Submit) -> None:
         request, attempt = submit.key
         key = sequence_id(submit.key)
-        if key in self.live:
-            self.world.seen["submit doubled"] += 1
+        if key in self.live or self.deaf:
+            self.world.seen["submit doubled" if key in self.live else "submit of a dead gateway"] += 1
             return
         for live in list(self.live.values()):
             if live.submit.key[0] == request and live.submit.key[1] < attempt:
@@ -239,6 +243,8 @@ class Instance:
             self.say("unknown", unknown)
 
     def gateway_closed(self) -> None:
+        """The gateway died. What it said just before may still arrive, and nobody would ask for the answer."""
+        self.deaf = True
         if self.up:
             for live in list(self.live.values()):
                 self.on_abort(live.submit.key)
@@ -268,7 +274,7 @@ class Instance:
                 self.pull(self.live[sequence.id])
         while (batch := scheduler.next_batch(world.now)) is not None:
             writes = [(sequence, n, sequence.num_computed, list(sequence.blocks)) for sequence, n in batch.items]
-            seconds = 0.005 + 0.001 * batch.num_tokens * world.rng.uniform(0.8, 1.2)
+            seconds = 0.02 + 0.002 * batch.num_tokens * world.rng.uniform(0.8, 1.2)
             self.device_free_at = max(world.now, self.device_free_at) + seconds
             world.at(self.device_free_at - world.now, self.executed, self.epoch, batch, writes)
         self.check()
@@ -282,9 +288,9 @@ class Instance:
         held = {sequence.id for sequence in outcome.held}
         for sequence in outcome.sampled:
             submit = self.live[sequence.id].submit
-            index = sequence.num_tokens - 1 - submit.num_prompt
+            number = sequence.num_tokens - 1 - submit.num_prompt
             handle = self.publish(submit.key, sequence) if sequence.id in held else None
-            events.append(Event(submit.key, index, token_of(submit.key[0], index), sequence.id in ended, handle))
+            events.append(Event(submit.key, number, token_of(submit.key[0], number), sequence.id in ended, handle))
         for sequence in outcome.finished:
             assert sequence.id in ended
             del self.live[sequence.id]
@@ -317,9 +323,8 @@ class Instance:
         handle = live.submit.handle
         assert handle is not None
         live.pull_trials += 1
-        last = (
-            world.rng.uniform(1.0, 3.0) * LEASE if world.happens(world.faults.slow) else world.rng.uniform(0.001, 0.02)
-        )
+        slow = world.happens(world.faults.slow)
+        last = world.rng.uniform(1.0, 3.0) * LEASE if slow else world.rng.uniform(0.001, 0.05)
         moments = sorted(world.rng.uniform(0, last) for _ in handle.blocks)
         for i, moment in enumerate(moments):
             world.at(moment, self.read, self.epoch, live, live.pull_trials, i)
@@ -346,22 +351,28 @@ class Instance:
         if epoch != self.epoch or self.hung or trial != live.pull_trials:
             return
         source = self.world.instances[handle.instance]
-        if source.epoch != handle.epoch:
-            self.pull_broke(live, "gone")
+        reason = self.why_not(handle, source, live.sequence.blocks)
+        if reason is not None:
+            self.pull_broke(live, reason)
             return
-        if any(source.pool.generations[b] != g for b, g in zip(handle.blocks, handle.generations, strict=True)):
-            self.pull_broke(live, "generation")
-            return
-        if tuple(tuple(self.memory[block]) for block in live.sequence.blocks) != handle.digest:
-            self.pull_broke(live, "digest")
-            return
-        promised = source.live[sequence_id(handle.key)].sequence
-        assert promised.state is State.HELD, "a stale handle was used"
+        promised = source.live.get(sequence_id(handle.key))
+        assert promised is not None, "a stale handle was used"
+        assert promised.sequence.state is State.HELD, "a stale handle was used"
         self.forget(self.scheduler.pulled(live.sequence.id, self.world.now))
         self.to_source(handle, "release", 0.0)
         if live.sequence.id in self.live:
             self.say("pulled", live.submit.key)
         self.go_on()
+
+    def why_not(self, handle: Handle, source: Instance, blocks: list[int]) -> str | None:
+        """The reader's checks (invariant 4)."""
+        if source.epoch != handle.epoch:
+            return "gone"
+        if any(source.pool.generations[b] != g for b, g in zip(handle.blocks, handle.generations, strict=True)):
+            return "generation"
+        if tuple(tuple(self.memory[block]) for block in blocks) != handle.digest:
+            return "digest"
+        return None
 
     def pull_broke(self, live: Live, reason: str) -> None:
         self.world.seen[f"pull failed: {reason}"] += 1
