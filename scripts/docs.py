@@ -40,7 +40,7 @@ def section(name: str, command: Any) -> str:
 
 
 def prose(text: str) -> list[str]:
-    """The docstring, its blocks that must not be wrapped (marked by \\b, as the command line's library wants) as code."""
+    """The docstring; its blocks that must not be wrapped (typer wants them marked by \\b) become code."""
     lines: list[str] = []
     for block in text.split("\n\n"):
         if block.startswith("\b\n"):

@@ -18,6 +18,7 @@ from distserve.metrics import Record
 from distserve.traces import Arrival
 
 GIVE_UP = 30.0  # seconds without any connection after which a server counts as gone for good
+_LEAD = 0.2  # seconds before the first request, for the display and the first prompt to be ready
 _BEAT = 0.05  # seconds between two looks at how late this client's own loop is
 
 
@@ -96,7 +97,7 @@ class Load:
 
     async def _offer(self) -> None:
         run = self.run
-        run.start = clock()
+        run.start = clock() + _LEAD
         for number, request in enumerate(self._arrivals):
             self._prepare(number, request)  # before it is due, so that making a prompt delays nobody
             due = run.start + request.arrival - run.origin
