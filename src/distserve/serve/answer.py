@@ -25,6 +25,10 @@ from distserve.serve.refusals import refusal
 
 _log = logging.getLogger(__name__)
 
+BODY_SEND = "distserve.body_send"  # key in the ASGI scope: the server's own `send`, for bodies
+# All layers between server and route hand every body message on unchanged, at a microsecond each; a stream's chunks
+# pass them by, its start does not.
+
 Deliver = Callable[[Choice, str], Awaitable[None]]
 
 
@@ -37,8 +41,11 @@ class AnswerResponse(Response):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        write = _write_stream if self._answer.stream else _write_whole
-        work = asyncio.create_task(write(self._generator, self._answer, send))
+        if self._answer.stream:
+            writing = _write_stream(self._generator, self._answer, send, scope.get(BODY_SEND, send))
+        else:
+            writing = _write_whole(self._generator, self._answer, send)
+        work = asyncio.create_task(writing)
         gone = asyncio.create_task(_until_gone(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -61,9 +68,10 @@ async def _run(generator: Generator, choice: Choice, deliver: Deliver) -> None:
     try:
         async for tokens in stream:
             text = choice.feed(tokens)
-            if text or choice.finish is not None:
+            finish = choice.finish
+            if text or finish is not None:
                 await deliver(choice, text)
-            if choice.finish is not None:
+            if finish is not None:
                 return
         raise InstanceError("the answer ended before its last token")
     finally:
@@ -83,7 +91,7 @@ async def _run_all(generator: Generator, answer: Answer, deliver: Deliver) -> No
         raise failures.exceptions[0] from failures
 
 
-async def _write_stream(generator: Generator, answer: Answer, send: Send) -> None:
+async def _write_stream(generator: Generator, answer: Answer, send: Send, send_body: Send) -> None:
     chunks = {choice.index: sse.Chunks(answer, choice) for choice in answer.choices}
     unfinished = len(answer.choices)
     started = False
@@ -98,7 +106,7 @@ async def _write_stream(generator: Generator, answer: Answer, send: Send) -> Non
         if not started:
             started = True
             await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
-        await send({"type": "http.response.body", "body": body, "more_body": unfinished > 0})
+        await send_body({"type": "http.response.body", "body": body, "more_body": unfinished > 0})
 
     try:
         await _run_all(generator, answer, deliver)
@@ -108,7 +116,7 @@ async def _write_stream(generator: Generator, answer: Answer, send: Send) -> Non
             await write_refusal(send, error)
         elif unfinished:
             body = sse.event(refusal(error).body) + sse.DONE
-            await send({"type": "http.response.body", "body": body, "more_body": False})
+            await send_body({"type": "http.response.body", "body": body, "more_body": False})
 
 
 async def _write_whole(generator: Generator, answer: Answer, send: Send) -> None:

@@ -21,10 +21,10 @@ class Choice:
 
     def feed(self, tokens: Sequence[Token]) -> str:
         """The text that became certain; log-probabilities of the same tokens are collected in `logprobs`."""
+        if self.logprobs is None and self.echo is None and not self.silent:
+            return self.text.feed(tokens)
         known = self.text.num_tokens
         text = self.text.feed(tokens)
-        if self.logprobs is None and self.echo is None and not self.silent:
-            return text
         used = tokens[: self.text.num_tokens - known]
         if self.echo is not None:
             text = self.echo if self.silent else self.echo + text

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distserve.errors import RequestError
-from distserve.serve.answer import write_refusal
+from distserve.serve.answer import BODY_SEND, write_refusal
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})  # probes and scrapers bring no key
 REQUEST_ID = "distserve.request_id"  # key in the ASGI scope
@@ -38,6 +38,7 @@ class Edge:
         given = headers.get(b"x-request-id", b"")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         scope[REQUEST_ID] = request_id.decode()
+        scope[BODY_SEND] = send
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

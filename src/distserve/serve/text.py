@@ -137,6 +137,8 @@ class TextStream:
 
     def feed(self, tokens: Sequence[Token]) -> str:
         """The text that became certain with these tokens; may be empty."""
+        if len(tokens) == 1:  # nearly always
+            return self._feed(tokens[0])
         text = ""
         for token in tokens:
             text += self._feed(token)
@@ -147,6 +149,8 @@ class TextStream:
     def _feed(self, token: Token) -> str:
         self.num_tokens += 1
         finish = token.finish
+        if finish is None and self._search is None:  # nearly always
+            return self._utf8.decode(self._pieces[token.id] if token.id < len(self._pieces) else b"")
         if finish is FinishReason.STOP:
             self.stop = token.id
         if finish is FinishReason.STOP and not self._include_stop:

@@ -1,0 +1,195 @@
+"""CPU that the gateway spends per streamed token: text, JSON, SSE and socket, on a real server with a source of tokens.
+
+    python benchmarks/gateway_tokens.py MODEL [--streams 1,8,32] [--tokens 2000] [--interval 0.005] [--stop]
+
+MODEL is a folder or .gguf file (only its tokenizer is used). The source wakes all streams every `--interval` seconds
+with one token each, as an instance's step does. The server's CPU time is read (at /metrics) before and after a client,
+in another process, has read the streams to their ends; the cost of the ticks themselves is measured alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import random
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import uvicorn
+
+from distserve.request import FinishReason, Request, Token
+from distserve.serve.api import ApiOptions, build_app
+from distserve.serve.tokens import load_tokenizer
+
+TARGET = 30e-6  # seconds of CPU per streamed token, receiving included
+
+
+class Source:
+    """A generator whose streams all get a token at each tick, through a queue each, as the gateway's do."""
+
+    def __init__(self, interval: float, vocab_size: int) -> None:
+        self.max_model_len = 1 << 20
+        self.max_kv_tokens: int | None = None
+        self._interval = interval
+        self._tokens = [Token(id) for id in random.Random(0).choices(range(1000, vocab_size), k=4096)]
+        self._last = Token(1000, FinishReason.LENGTH)
+        self._queues: dict[int, asyncio.Queue[list[Token]]] = {}
+        self._ids = 0
+        self._ticks = 0
+
+    def next_id(self) -> int:
+        self._ids += 1
+        return self._ids
+
+    def ready(self) -> bool:
+        return True
+
+    def status(self) -> dict[str, Any]:
+        return {"missing": []}
+
+    async def generate(self, request: Request) -> AsyncGenerator[list[Token], None]:
+        queue: asyncio.Queue[list[Token]] = asyncio.Queue()
+        self._queues[request.id] = queue
+        try:
+            for _ in range(request.sampling.max_tokens - 1):
+                yield await queue.get()
+            yield [self._last]
+        finally:
+            del self._queues[request.id]
+
+    async def tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            for id, queue in self._queues.items():
+                queue.put_nowait([self._tokens[(self._ticks + 7 * id) % len(self._tokens)]])
+            self._ticks += 1
+
+
+def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
+    async def run() -> None:
+        tokens = load_tokenizer(arguments.model)
+        source = Source(arguments.interval, tokens.vocab_size)
+        app = build_app(source, tokens, ApiOptions(("model",), metrics=_cpu))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http="httptools", loop="uvloop", log_level="warning", lifespan="off")
+        )
+        gc.freeze()  # as the server does: the vocabulary need not be looked through again and again
+        ticking = asyncio.create_task(source.tick())
+        await server.serve(sockets=[listener])
+        ticking.cancel()
+
+    import uvloop
+
+    uvloop.run(run())
+
+
+def _cpu() -> tuple[bytes, str]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    spent = {"cpu": used.ru_utime + used.ru_stime, "user": used.ru_utime, "rss": used.ru_maxrss * 1024}
+    return json.dumps(spent).encode(), "application/json"
+
+
+async def _get(port: int, path: str) -> dict[str, Any]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+    content = await reader.read()
+    writer.close()
+    found: dict[str, Any] = json.loads(content.partition(b"\r\n\r\n")[2])
+    return found
+
+
+async def _stream(port: int, body: dict[str, Any]) -> int:
+    """Reads a stream to its end; returns the number of bytes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    writer.write(head.encode() + content)
+    size = 0
+    while received := await reader.read(1 << 16):
+        size += len(received)
+        last = received
+    assert last.endswith(b"0\r\n\r\n"), "the stream broke off"
+    writer.close()
+    return size
+
+
+async def _measure(port: int, num_streams: int, arguments: argparse.Namespace) -> dict[str, float]:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+    body["max_tokens"] = arguments.tokens
+    if arguments.stop:
+        body["stop"] = ["\n\nUser:", "\n\nHuman:", "###", "<|end|>"]
+    before, begun = await _get(port, "/metrics"), time.monotonic()
+    sizes = await asyncio.gather(*(_stream(port, body) for _ in range(num_streams)))
+    after, duration = await _get(port, "/metrics"), time.monotonic() - begun
+    await asyncio.sleep(duration / 4)
+    idle = await _get(port, "/metrics")
+    ticking = (idle["cpu"] - after["cpu"]) * 4  # the same time without a stream
+    num_tokens = num_streams * arguments.tokens
+    return {
+        "streams": num_streams,
+        "cpu_per_token": (after["cpu"] - before["cpu"]) / num_tokens,
+        "ticks_per_token": ticking / num_tokens,
+        "user_per_token": (after["user"] - before["user"]) / num_tokens,
+        "bytes_per_token": sum(sizes) / num_tokens,
+        "tokens_per_second": num_tokens / duration,
+        "rss": after["rss"],
+    }
+
+
+async def _wait(port: int) -> None:
+    while True:
+        try:
+            await _get(port, "/health")
+            return
+        except ConnectionError:
+            await asyncio.sleep(0.05)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("model")
+    parser.add_argument("--streams", default="1,8,32")
+    parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--interval", type=float, default=0.005)
+    parser.add_argument("--stop", action="store_true", help="with four stop strings")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)  # the listening socket of the server process
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        serve(arguments, socket.socket(fileno=arguments.serve))
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        command = [sys.executable, __file__, *sys.argv[1:], "--serve", str(listener.fileno())]
+        with subprocess.Popen(command, pass_fds=[listener.fileno()]) as server:
+            try:
+                for num_streams in map(int, arguments.streams.split(",")):
+                    _tell(asyncio.run(_measure(port, num_streams, arguments)), arguments.json)
+            finally:
+                server.terminate()
+
+
+def _tell(found: dict[str, float], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found))
+        return
+    cost, ticks = found["cpu_per_token"] * 1e6, found["ticks_per_token"] * 1e6
+    print(
+        f"{found['streams']:4.0f} streams: {cost:5.1f} us CPU a token (of it ticks {ticks:4.1f}, "
+        f"user {found['user_per_token'] * 1e6:5.1f}; target {TARGET * 1e6:.0f}), "
+        f"{found['bytes_per_token']:.0f} bytes a token, {found['tokens_per_second']:.0f} tokens/s, "
+        f"{found['rss'] / 1e6:.0f} MB resident"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""The small tokenizer, made once for all tests of the HTTP side."""
+
+from __future__ import annotations
+
+import pytest
+from tests.serve.small import make_tokenizer
+
+from distserve.serve.tokens import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
