@@ -42,10 +42,7 @@ Times = dict[str, list[float]]  # by contender: seconds of a step or a prompt, o
 
 def contenders(stack: ExitStack, core: int, vllm_python: str | None) -> tuple[dict[str, Worker], dict[str, str]]:
     """Those that can run, started and ready, and for the others why not."""
-    file = resolve("demo")
-    folder = OUT / "demo-hf"
-    if not (folder / "config.json").exists():
-        export(file, folder, "bfloat16")
+    file, folder = resolve("demo"), demo_folder()
     starts: dict[str, Callable[[], Worker]] = {
         US: lambda: Worker("benchmarks.engine_distserve", str(file), "--core", str(core), core=core),
         HF: lambda: Worker("benchmarks.engine_transformers", str(folder), core=core),
@@ -61,6 +58,14 @@ def contenders(stack: ExitStack, core: int, vllm_python: str | None) -> tuple[di
             absent[name] = str(error)
             say(f"{name}: {error}")
     return ready, absent
+
+
+def demo_folder() -> Path:
+    """The demo model as a Hugging Face folder in bf16, for peers; written at the first call."""
+    folder = OUT / "demo-hf"
+    if not (folder / "generation_config.json").exists():
+        export(resolve("demo"), folder, "bfloat16")
+    return folder
 
 
 def vllm(folder: Path, core: int, python: str | None) -> Worker:
