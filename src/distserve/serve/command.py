@@ -69,7 +69,7 @@ def serve(
         typer.Option(
             metavar="SHARE|SIZE",
             help="KV cache of each instance: a share of the device's memory (0.2, 20%) or a size (2GiB). "
-            "[default: chosen at start and printed]",
+            "[default: 1GiB on a CPU; what the weights leave of a GPU]",
         ),
     ] = None,
     block_size: Annotated[int, typer.Option(metavar="16|32|64", help="Tokens in a block of KV.")] = 32,
@@ -78,7 +78,7 @@ def serve(
         typer.Option(
             metavar="TOKENS",
             help="Prefill takes waiting prompts together up to this many tokens: about as many as saturate the device, "
-            "for beyond that a batch only delays its first.  [default: chosen for the device]",
+            "for beyond that a batch only delays its first.  [default: measured at start]",
         ),
     ] = None,
     max_queue: Annotated[
@@ -86,7 +86,7 @@ def serve(
         typer.Option(
             metavar="REQUESTS",
             help="Requests admitted and not yet finished; more are refused at once with 429 and a Retry-After, so that "
-            "those inside keep their latency.  [default: follows from the KV memory]",
+            "those inside keep their latency.  [default: 2048]",
         ),
     ] = None,
     shutdown_timeout: Annotated[

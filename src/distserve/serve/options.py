@@ -33,10 +33,10 @@ class ServeOptions:
     api_keys: tuple[str, ...] = ()  # any of them opens the door; (): no key asked for
     served_model_names: tuple[str, ...] = ()  # names clients may use; (): the model as it was named here
     max_model_len: int | None = None  # tokens of prompt and answer; None: the checkpoint's
-    kv_memory: int | float | None = None  # of an instance: bytes, or a share of the device's memory; None: chosen
+    kv_memory: int | float | None = None  # of an instance: bytes, or a share of the device's memory; None: by device
     block_size: int = 32  # tokens per KV block
-    max_batch_tokens: int | None = None  # prefill's knee Lm, tokens a batch; None: chosen at start
-    max_queue: int | None = None  # requests admitted and not yet finished; None: follows from KV memory
+    max_batch_tokens: int | None = None  # prefill's knee Lm, tokens a batch; None: measured at start
+    max_queue: int | None = None  # requests admitted and not yet finished; None: the scheduler's own limit
     shutdown_timeout: float = 30.0  # seconds that running requests get after SIGTERM
     log_level: str = "info"
 
