@@ -84,7 +84,7 @@ class Kernels:
         self._set_num_threads(count)
 
     def rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """Norm of `x`, or of `residual += x`."""
+        """Norm of `x`, or of `residual += x` (fp32)."""
         out = torch.empty_like(x)
         added = None if residual is None else residual.data_ptr()
         rows, width = x.shape

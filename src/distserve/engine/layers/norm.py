@@ -10,7 +10,7 @@ from distserve.engine.kernels.bindings import DTYPES
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x` [T, C] over its root mean square, times `weight` [C]; statistics in fp32, as the checkpoints were trained."""
+    """`x` [T, C] over its root mean square, times `weight` [C]; computed in fp32, rounded once."""
     library = kernels.load() if x.is_cpu and x.dtype in DTYPES and x.is_contiguous() else None
     if library is not None:
         return library.rms_norm(x, None, weight, eps)
@@ -18,9 +18,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm of `residual + x`, `residual + x`), both [T, C]. `residual` may be overwritten with the sum."""
-    fits = x.is_cpu and x.dtype in DTYPES and x.is_contiguous() and residual.is_contiguous()
-    library = kernels.load() if fits else None
+    """(norm of `residual + x` in `x`'s dtype, `residual + x`), both [T, C]. `residual` is fp32 (the sum of a hundred
+    contributions in bf16 would lose those that are small) and may be overwritten with the sum."""
+    fits = x.is_cpu and x.dtype in DTYPES and residual.dtype == torch.float32
+    library = kernels.load() if fits and x.is_contiguous() and residual.is_contiguous() else None
     if library is not None:
         return library.rms_norm(x, residual, weight, eps), residual
     total = residual + x
@@ -28,7 +29,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` in plain torch."""
+    """`rms_norm` in plain torch; the result has `weight`'s dtype."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
+    return (wide * weight.float()).to(weight.dtype)

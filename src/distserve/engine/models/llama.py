@@ -73,9 +73,9 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, rope: Rotary, kv: Tensor, step: StepLayout
     ) -> tuple[Tensor, Tensor]:
-        """(this block's contribution, the residual stream before it), both [T, C]."""
+        """(this block's contribution, the residual stream before it in fp32), both [T, C]."""
         if residual is None:
-            x, residual = self.attention_norm(x), x
+            x, residual = self.attention_norm(x), x.float()
         else:
             x, residual = self.attention_norm.add(x, residual)
         x, residual = self.mlp_norm.add(self.attention(x, rope, kv, step), residual)
