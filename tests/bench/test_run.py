@@ -1,9 +1,11 @@
-"""`distserve bench` as people run it: a process of its own against a server."""
+"""`distserve bench` as people run it, against a server over HTTP; where signals are sent, in a process of its own."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import pty
 import signal
 import socket
 import subprocess
@@ -14,6 +16,8 @@ from typing import Any
 
 import pytest
 from tests.bench.standin import StandIn, serving
+
+from distserve import cli
 
 WORKLOAD = "arrival,prompt_tokens,output_tokens\n" + "".join(f"{i * 0.02},{10 + i},{1 + i % 5}\n" for i in range(30))
 
@@ -35,21 +39,32 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "distserve", "bench", *map(str, arguments)]
 
 
-def bench(*arguments: object) -> tuple[int, str, str]:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+class Bench:
+    """The command, run in this process."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """Status, stdout and stderr."""
+        status = cli.main(["bench", *map(str, arguments)])
+        return status, *self._capture.readouterr()
+
+    def json(self, *arguments: object) -> tuple[int, dict[str, Any]]:
+        """Status and report."""
+        status, out, _ = self(*arguments, "--json", "-")
+        return status, json.loads(out)  # nothing else is on stdout
 
 
-def bench_json(*arguments: object) -> tuple[int, dict[str, Any]]:
-    status, out, _ = bench(*arguments, "--json", "-")
-    return status, json.loads(out)  # nothing else is on stdout
+@pytest.fixture
+def bench(capsys: pytest.CaptureFixture[str]) -> Bench:
+    return Bench(capsys)
 
 
-def test_a_file_is_replayed_whole_and_exactly(server: StandIn, workload: Path, tmp_path: Path) -> None:
+def test_a_file_is_replayed_whole_and_exactly(bench: Bench, server: StandIn, workload: Path, tmp_path: Path) -> None:
     server.behaviour.first = 0.02
     rows = tmp_path / "rows.csv"
-    status, report = bench_json(
+    status, report = bench.json(
         "--url", server.url + "/v1/", "-w", workload, "--slo", "ttft=5,tpot=5", "--requests-out", rows
     )
     assert status == 0
@@ -70,8 +85,8 @@ def test_a_file_is_replayed_whole_and_exactly(server: StandIn, workload: Path, t
     assert (table[0]["tpot"], table[1]["tpot"] != "") == ("", True)
 
 
-def test_drawn_arrivals_drop_their_warm_up(server: StandIn) -> None:
-    status, report = bench_json(
+def test_drawn_arrivals_drop_their_warm_up(bench: Bench, server: StandIn) -> None:
+    status, report = bench.json(
         "--url", server.url, "-w", "humaneval", "--rate", 100, "-n", 50, "--fixed", "--scale", "0.5,0.1",
         "--devices", 2, "--seed", 5,
     )  # fmt: skip
@@ -82,7 +97,7 @@ def test_drawn_arrivals_drop_their_warm_up(server: StandIn) -> None:
     assert report["slo"] == {"ttft": None, "tpot": None}
 
 
-def test_a_goal_that_is_missed_is_status_1(server: StandIn, workload: Path) -> None:
+def test_a_goal_that_is_missed_is_status_1(bench: Bench, server: StandIn, workload: Path) -> None:
     server.behaviour.first = 0.05
     arguments = ("--url", server.url, "-w", workload, "--slo", "ttft=1ms")
     status, out, _ = bench(*arguments, "--goal", 0.9)
@@ -92,7 +107,7 @@ def test_a_goal_that_is_missed_is_status_1(server: StandIn, workload: Path) -> N
     assert bench("--url", server.url, "-w", workload, "--slo", "ttft=60", "--goal", 0.9)[0] == 0
 
 
-def test_refused_requests_are_offered_ones_that_meet_nothing(server: StandIn, workload: Path) -> None:
+def test_refused_requests_are_offered_ones_that_meet_nothing(bench: Bench, server: StandIn, workload: Path) -> None:
     server.behaviour.fail_every = 3
     status, out, err = bench("--url", server.url, "-w", workload, "--json", "-")
     report = json.loads(out)
@@ -102,8 +117,8 @@ def test_refused_requests_are_offered_ones_that_meet_nothing(server: StandIn, wo
     assert "10 requests refused, the first: HTTP 429" in err
 
 
-def test_a_sweep_reports_each_rate_and_the_goodput(server: StandIn) -> None:
-    status, report = bench_json(
+def test_a_sweep_reports_each_rate_and_the_goodput(bench: Bench, server: StandIn) -> None:
+    status, report = bench.json(
         "--url", server.url, "-w", "humaneval", "--rates", "50,100", "-n", 20, "--scale", "1,0.05", "--slo", "ttft=60",
     )  # fmt: skip
     assert status == 0
@@ -111,19 +126,19 @@ def test_a_sweep_reports_each_rate_and_the_goodput(server: StandIn) -> None:
     assert (report["goodput"], report["goal"]) == (100, 0.9)
 
 
-def test_chat_with_text(server: StandIn, workload: Path) -> None:
+def test_chat_with_text(bench: Bench, server: StandIn, workload: Path) -> None:
     server.behaviour.chat_role = True
-    status, report = bench_json("--url", server.url, "-w", workload, "--endpoint", "chat", "-n", 5)
+    status, report = bench.json("--url", server.url, "-w", workload, "--endpoint", "chat", "-n", 5)
     assert (status, report["requests"]) == (0, 5)
     assert report["warnings"] == []
     assert "messages" in server.bodies[0]
 
 
-def test_requests_beyond_the_context_are_cut_and_said(server: StandIn, tmp_path: Path) -> None:
+def test_requests_beyond_the_context_are_cut_and_said(bench: Bench, server: StandIn, tmp_path: Path) -> None:
     server.behaviour.context = 20
     path = tmp_path / "w.jsonl"
     path.write_text('{"arrival": 0, "prompt_tokens": 100, "output_tokens": 5}\n')
-    _, report = bench_json("--url", server.url, "-w", path)
+    _, report = bench.json("--url", server.url, "-w", path)
     assert len(server.bodies[0]["prompt"]) == 15
     assert any("cut to the context of 20 tokens" in warning for warning in report["warnings"])
 
@@ -178,7 +193,7 @@ def test_a_server_that_dies_is_status_1_and_reported(server: StandIn, tmp_path: 
     assert report["failed"].get("unreachable", 0) >= 2
 
 
-def test_no_server_at_all_is_status_1_in_one_line(workload: Path) -> None:
+def test_no_server_at_all_is_status_1_in_one_line(bench: Bench, workload: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         status, out, err = bench("--url", f"127.0.0.1:{unused.getsockname()[1]}", "-w", workload)
@@ -187,6 +202,66 @@ def test_no_server_at_all_is_status_1_in_one_line(workload: Path) -> None:
     assert err.count("\n") == 1
 
 
-def test_every_request_failing_is_status_1(server: StandIn, workload: Path) -> None:
+def test_every_request_failing_is_status_1(bench: Bench, server: StandIn, workload: Path) -> None:
     server.behaviour.status = 500
     assert bench("--url", server.url, "-w", workload)[0] == 1
+
+
+def test_what_to_know_about_the_figures_is_said(bench: Bench, server: StandIn, workload: Path) -> None:
+    server.behaviour.short, server.behaviour.usage, server.behaviour.tokenize = 1, False, False
+    path = workload.with_name("long.csv")
+    path.write_text("arrival,prompt_tokens,output_tokens\n0,50,5\n0,50,5\n")
+    status, report = bench.json("--url", server.url, "-w", path, "--prompts", "text")
+    warnings = "\n".join(report["warnings"])
+    assert status == 0
+    assert "no /tokenize" in warnings
+    assert "2 answers were shorter than asked for" in warnings
+    assert "2 answers came without usage" in warnings
+    server.behaviour.usage = True
+    _, report = bench.json("--url", server.url, "-w", path, "--prompts", "text", "--no-ignore-eos")
+    warnings = "\n".join(report["warnings"])
+    assert "prompts are" in warnings  # "which" is two tokens there, and special tokens one
+    assert "shorter than asked" not in warnings
+    assert "ignore_eos" not in server.bodies[-1]
+
+
+def test_the_key_is_sent(bench: Bench, server: StandIn, workload: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.behaviour.key = "secret"
+    status, out, err = bench("--url", server.url, "-w", workload, "-n", 1)
+    assert (status, out) == (2, "")
+    assert "--api-key" in err
+    monkeypatch.setenv("DISTSERVE_API_KEY", "secret")
+    assert bench("--url", server.url, "-w", workload, "-n", 1)[0] == 0
+
+
+def test_on_a_terminal_it_shows_its_progress(server: StandIn, workload: Path) -> None:
+    server.behaviour.first = 0.1
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command("--url", server.url, "-w", workload, "--slo", "ttft=9"),
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the terminal's other end was closed
+            break
+    os.close(ours)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    for words in (b"30/30", b"in flight", b"targets met", b"TTFT p50"):
+        assert words in shown
+    assert b"attainment  100.0%" in out
+
+
+def test_bench_needs_neither_the_server_nor_torch() -> None:
+    code = "import sys, distserve.bench.run; print([m for m in sys.modules if m in ('torch', 'transformers', 'numpy')])"
+    more = "; print([m for m in sys.modules if m.startswith('distserve.') and 'bench' not in m])"
+    done = subprocess.run([sys.executable, "-c", code + more], capture_output=True, text=True, timeout=60)
+    heavy, ours = done.stdout.splitlines()
+    assert heavy == "[]"
+    assert "serve" not in ours.replace("distserve", "")

@@ -44,7 +44,7 @@ class Client:
 
     def __init__(self, url: str, *, api_key: str | None, timeout: float) -> None:
         self.url = url
-        self._headers = {"Content-Type": "application/json"}
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # no time for gunzip
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout = timeout

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -50,6 +52,8 @@ def run(options: BenchOptions) -> int:
     _check(options, workload)
     runs = [_draw(options, workload, rate) for rate in options.rates or (None,)]
     _raise_file_limit()
+    gc.collect()
+    gc.freeze()  # a collection that walks the whole workload would stop the clock-reader for milliseconds
     bench = _Bench(options, workload, runs)
     try:
         uvloop.run(bench.go())
@@ -68,8 +72,9 @@ def _check(options: BenchOptions, workload: Workload) -> None:
     for option, path in (("--requests-out", options.requests_out), ("--json", options.json_out)):
         if path is not None and path != "-":
             folder = Path(path).parent
-            if not folder.is_dir() or Path(path).is_dir():
-                raise UsageError(f"{option} {path}: cannot be written: name a file in a folder that exists")
+            target = Path(path) if Path(path).exists() else folder
+            if not folder.is_dir() or Path(path).is_dir() or not os.access(target, os.W_OK):
+                raise UsageError(f"{option} {path}: cannot be written: name a file in a folder that is yours to write")
 
 
 def _draw(options: BenchOptions, workload: Workload, rate: float | None) -> Workload:
@@ -209,7 +214,12 @@ class _Bench:
         goodput = _goodput([outcome.report for outcome in self._outcomes], goal)
         if len(options.rates) > 1:
             show.show_sweep([outcome.report for outcome in self._outcomes], goodput, goal, console)
-        self._write(goal, goodput)
+        try:
+            self._write(goal, goodput)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # the disk is full: what was measured is on the screen at least
+            raise UsageError(f"cannot write {error.filename}: {error.strerror}") from None
         if self._interrupted:
             return 130
         if self._dead:
