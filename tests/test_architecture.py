@@ -1,4 +1,4 @@
-"""The house as a test: who may import whom, and how big a file may grow (the room names are verbs, the root files are nouns).
+"""The house as a test: who may import whom, which library lives where, and how big a file may grow.
 
 Every import counts, also one inside a function or under TYPE_CHECKING: what a file names it depends on.
 """
@@ -138,10 +138,11 @@ def trespasses(modules: dict[str, Module]) -> list[str]:
             allowed = allowed | {"engine", "transfer"}
         for target in sorted(module.inside):
             if not is_in(target, allowed):
+                launcher = "; only serve/launch.py names implementations" if module.room == "serve" else ""
                 found.append(
                     f"{module.path} imports distserve.{target}, but {module.room} may import only {sorted(allowed)}. "
-                    f"Move the code to the room that it belongs to, pass in the value that is needed, or put what both "
-                    f"need into a noun{'; only serve/launch.py names implementations' if module.room == 'serve' else ''}"
+                    f"Move the code to the room that it belongs to, pass in the value that is needed, or put what "
+                    f"both need into a noun{launcher}"
                 )
     return found
 
@@ -179,8 +180,8 @@ def foreign(modules: dict[str, Module]) -> list[str]:
                 )
         if module.room in PURE and (clocks := CLOCKS & module.outside):
             found.append(
-                f"{module.path} imports {sorted(clocks)}: {module.room} knows no clock and no event loop; take `now` as "
-                f"an argument and let the driver wait"
+                f"{module.path} imports {sorted(clocks)}: {module.room} knows no clock and no event loop; take `now` "
+                f"as an argument and let the driver wait"
             )
         if module.room == "sched" and (extra := module.outside - sys.stdlib_module_names - {"__future__"}):
             found.append(
