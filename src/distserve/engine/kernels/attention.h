@@ -36,9 +36,10 @@ typedef struct {
     const Step *step;
     char *q, *k, *v, *out;
     int64_t q_stride, k_stride, v_stride; /* elements between tokens; heads are head_dim apart */
+    const struct Task *end;               /* one past the last task */
 } Call;
 
-typedef struct {
+typedef struct Task {
     int64_t sequence, head, first, last; /* rows of the (sequence, head): token * group + head in group */
 } Task;
 
@@ -82,7 +83,7 @@ static Span span_of(const Call *c, const Task *t, size_t itemsize) {
 /* Rows that share a pass over keys and values. */
 #define TASK_ROWS 256
 
-/* NULL-terminated by last == 0. */
+/* Consecutive tasks read neighbouring memory. */
 static Task *cut(const Call *c, int64_t *count) {
     const int64_t group = c->layer->num_heads / c->layer->num_kv_heads, heads = c->layer->num_kv_heads;
     const int32_t *starts = c->step->query_starts;
@@ -105,9 +106,10 @@ static Task *cut(const Call *c, int64_t *count) {
  * attends. out [num_tokens, num_heads * head_dim]. */
 EXPORT void ds_attention(const Layer *layer, const Step *step, char *q, int64_t q_stride, char *k, int64_t k_stride,
                          char *v, int64_t v_stride, char *out) {
-    const Call call = {layer, step, q, k, v, out, q_stride, k_stride, v_stride};
+    Call call = {layer, step, q, k, v, out, q_stride, k_stride, v_stride, NULL};
     int64_t count = 0;
     Task *tasks = cut(&call, &count);
+    call.end = tasks + count;
 #ifdef HAVE_AMX
     const int tiles = layer->dtype == DTYPE_BF16 && tiles_allowed && amx_attends(layer);
 #endif
@@ -117,9 +119,6 @@ EXPORT void ds_attention(const Layer *layer, const Step *step, char *q, int64_t 
             if (layer->dtype == DTYPE_BF16) write_token_bf16(&call, token);
             else write_token_f32(&call, token);
         }
-#ifdef HAVE_AMX
-        if (tiles) configure_tiles(16, 16);
-#endif
         OMP(omp for schedule(dynamic))
         for (int64_t i = 0; i < count; i++) {
 #ifdef HAVE_AMX

@@ -85,16 +85,11 @@ typedef struct {
     uint8_t rows[16];
 } TileConfig;
 
-/* All eight tiles 64 bytes wide and 16 rows high, but for those that hold the second and first group of rows of A and C
- * in a matrix product: see linear.h. */
-static inline void configure_tiles(int first_rows, int second_rows) {
+/* All eight tiles 64 bytes wide; rows[i] rows each. */
+static inline void configure_tiles(const uint8_t rows[8]) {
     TileConfig config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = 16;
-    }
-    config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)first_rows;
-    config.rows[2] = config.rows[3] = config.rows[5] = (uint8_t)second_rows;
+    for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64;
+    memcpy(config.rows, rows, 8);
     _tile_loadconfig(&config);
 }
 

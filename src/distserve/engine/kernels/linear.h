@@ -82,6 +82,12 @@ typedef struct {
     int64_t mode, out_stride; /* in elements */
 } Product;
 
+/* Tiles: 0, 1 sums of the first sixteen rows, 2, 3 of the second; 4, 5 those rows of x; 6, 7 weights. */
+static inline void configure_product(int first_rows, int second_rows) {
+    const uint8_t a = (uint8_t)first_rows, b = (uint8_t)second_rows;
+    configure_tiles((const uint8_t[8]){a, a, b, b, a, b, 16, 16});
+}
+
 /* 32 (or, `rows` <= 16, 16) rows of x times one unit -> sums [32][32]. `b`: the unit's weights. */
 static inline void multiply_unit(const bf16 *x, int64_t stride, int rows, const bf16 *b, int64_t steps, float *sums,
                                  int first_use) {
@@ -162,13 +168,13 @@ static void multiply_units(const Product *p, const bf16 *x, int64_t stride, int6
     const int rest = (int)(rows - whole);
     for (int64_t unit = first; unit < last; unit++) {
         const bf16 *b = p->w->weight + unit * p->steps * 1024;
-        if (whole) configure_tiles(16, 16);
+        if (whole) configure_product(16, 16);
         for (int64_t i = 0; i < whole; i += 32) {
             multiply_unit(x + (row + i) * stride, stride, 32, b, p->steps, sums, i == 0);
             write_unit(p, unit, row + i, 32, sums);
         }
         if (rest) {
-            if (whole || unit == first) configure_tiles(MIN(rest, 16), MAX(rest - 16, 1));
+            if (whole || unit == first) configure_product(MIN(rest, 16), MAX(rest - 16, 1));
             multiply_unit(x + (row + whole) * stride, stride, rest, b, p->steps, sums, whole == 0);
             write_unit(p, unit, row + whole, rest, sums);
         }
