@@ -31,7 +31,7 @@ format: $(VENV)/.installed ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## every benchmark that needs no peer installed (see benchmarks/README.md for the side-by-side ones)
+bench: setup ## every benchmark that needs no peer installed (docs/measurements.md tells how to add peers)
 	$(BIN)/python -m benchmarks.engine --quick
 	$(BIN)/python -m benchmarks.gateway
 	$(BIN)/python -m benchmarks.handoff
