@@ -17,12 +17,12 @@ class FakeGenerator:
     Fails with `error` before token number `error_at`. Pauses before token number `pause_at` until `go` is set.
     """
 
-    def __init__(self, script: Script, *, max_model_len: int = 8192, portion: int = 1) -> None:
+    def __init__(self, script: Script, *, portion: int = 1, finish: FinishReason = FinishReason.STOP) -> None:
         self.script = script
-        self.max_model_len = max_model_len
+        self.max_model_len = 8192
         self.max_kv_tokens: int | None = None
         self.portion = portion  # tokens of a wake-up
-        self.finish = FinishReason.STOP
+        self.finish = finish  # of the last token
         self.error: Exception | None = None
         self.error_at = 0
         self.pause_at: int | None = None

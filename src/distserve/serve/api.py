@@ -38,7 +38,7 @@ class ApiOptions:
 
 def build_app(generator: Generator, tokens: Tokenizer, options: ApiOptions) -> ASGIApp:
     """The ASGI application that serves one model."""
-    app = FastAPI(title="distserve", version=options.version, strict_content_type=False, redirect_slashes=False)
+    app = FastAPI(title="distserve", version=options.version, redirect_slashes=False)
     completions = Completions(generator, tokens, options.models, options.sampling_defaults)
     app.include_router(_generation_routes(completions))
     app.include_router(_model_routes(completions, options))
@@ -135,7 +135,8 @@ def _server_routes(generator: Generator, options: ApiOptions) -> APIRouter:
         content = {"status": "ok" if ready else "unavailable", **generator.status()}
         return JSONResponse(content, status_code=200 if ready else 503)
 
-    @router.api_route("/ping", methods=["GET", "POST"])
+    @router.post("/ping", include_in_schema=False)  # SageMaker's probes
+    @router.get("/ping")
     async def ping() -> Response:
         return Response(status_code=200 if generator.ready() else 503)
 
@@ -148,7 +149,7 @@ def _server_routes(generator: Generator, options: ApiOptions) -> APIRouter:
         if options.metrics is None:
             raise HTTPException(404, "this server keeps no metrics")
         body, kind = options.metrics()
-        return Response(body, media_type=kind)
+        return Response(body, headers={"content-type": kind})
 
     return router
 

@@ -21,7 +21,8 @@ class Refusal:
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _encodable(self.param)
+        return {"error": {"message": _encodable(self.message), "type": self.type, "param": param, "code": self.code}}
 
 
 def refusal(error: Exception) -> Refusal:
@@ -47,13 +48,23 @@ def _retry_after(seconds: float) -> list[tuple[bytes, bytes]]:
     return [(b"retry-after", b"%d" % whole), (b"retry-after-ms", b"%d" % max(1, math.ceil(seconds * 1000)))]
 
 
+def _encodable(text: str) -> str:
+    """What a client sent may hold halves of surrogate pairs, which no UTF-8 body can repeat."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError:
     """pydantic's complaints in one sentence; the field is named as OpenAI does: `messages[0].role`."""
     first = errors[0]
+    if isinstance(body, bytes):
+        return RequestError("The body must be JSON, sent with 'Content-Type: application/json'.", status=415)
     if first["type"] == "json_invalid":
         return RequestError(f"The body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    # where several alternatives were tried, the deepest complaint is about the one that was meant
+    field = first["loc"][:2]
+    first = max((error for error in errors[:100] if error["loc"][:2] == field), key=lambda error: _depth(error, body))
     path = _path(first, body)
-    alike = [error for error in errors if _path(error, body) == path]
+    alike = [error for error in errors[:100] if _path(error, body) == path]
     said = " or ".join(dict.fromkeys(_lower(error["msg"]) for error in alike))
     if first["type"] == "missing":
         return RequestError(f"{path or 'The body'} is missing", param=path or None)
@@ -63,6 +74,10 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> RequestError
 
 def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
+
+
+def _depth(error: Mapping[str, Any], body: Any) -> int:
+    return _path(error, body).count(".") + _path(error, body).count("[")
 
 
 def _path(error: Mapping[str, Any], body: Any) -> str:
