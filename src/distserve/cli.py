@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from distserve.bench.command import bench
-from distserve.errors import UsageError
+from distserve.errors import DistserveError, UsageError
 from distserve.serve.command import serve
 
 app = typer.Typer(
@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(format_message(), hint=f"{command} --help")
     except UsageError as error:
         return _refuse(str(error))
+    except DistserveError as error:  # nothing that another command line would mend
+        _refuse(str(error))
+        return 1
     except typer.Abort:
         return 130
     except BrokenPipeError:  # the reader of stdout went away (`| head`): nothing is wrong here

@@ -34,6 +34,10 @@ def starts(options: ServeOptions, plan: Plan, model: str, spec: ModelSpec) -> li
                 f"{replica.name} asks for tp = {replica.spec.tp}, pp = {replica.spec.pp}: an instance runs on one "
                 "device for now; set both to 1 and raise count"
             )
+    if options.max_model_len is not None and options.max_model_len > spec.max_model_len:
+        raise UsageError(
+            f"--max-model-len {options.max_model_len} is more than the checkpoint was made for: at most {spec.max_model_len}"
+        )
     on_cpu = device == "cpu"
     numbers = machine.cores() if on_cpu else list(range(machine.gpus()))
     placement = place(plan, numbers, share=True, spread=on_cpu)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from distserve.serve.messages import Stop
+from distserve.serve.messages import Fatal, Stop
 from distserve.serve.rpc import RemoteInstance
 from distserve.serve.switchboard import Switchboard
 
@@ -29,7 +29,9 @@ KILL_AFTER = 3.0  # seconds an instance gets to leave by itself
 
 
 class Supervisor:
-    """`configure(epoch)` gives the bytes that the process reads from its standard input; that pipe stays open, and its
+    """Restarts what was ready once, for ever; what cannot even start is not tried again: `remote.fatal` says why.
+
+    `configure(epoch)` gives the bytes that the process reads from its standard input; that pipe stays open, and its
     end is how the process learns that the gateway is no more."""
 
     def __init__(
@@ -48,10 +50,11 @@ class Supervisor:
         self._environ = environ
         self._process: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
+        self._was_ready = False
         self._why = ""
 
     async def run(self) -> None:
-        """Until `stop`. Returns early only where the first start fails: `remote.fatal` then says why."""
+        """Until `stop`. Returns early only where the instance was never ready: `remote.fatal` then says why."""
         pause = FIRST_PAUSE
         while not self._stop.is_set():
             began = time.monotonic()
@@ -59,7 +62,10 @@ class Supervisor:
             if self._stop.is_set():
                 return
             lived = time.monotonic() - began
-            if self.remote.fatal is not None and self.num_restarts == 0:
+            if not self._was_ready:
+                self.remote.fatal = self.remote.fatal or Fatal(
+                    0, f"died while it started (status {status})", usage=False
+                )
                 return
             pause = FIRST_PAUSE if lived > HEALTHY else min(pause * 2, LONGEST_PAUSE)
             log.warning("%s ended (%s); restarting in %.2g s", self.remote.name, self._why or f"status {status}", pause)
@@ -81,6 +87,7 @@ class Supervisor:
             process.stdin.write(self._configure(epoch) + b"\n")
             return await process.wait()
         finally:
+            self._was_ready = self._was_ready or self.remote.alive
             if process.returncode is None:
                 process.kill()
                 await process.wait()
@@ -103,7 +110,7 @@ class Supervisor:
         if self._process is None or self._process.returncode is not None:
             return
         log.error("%s %s; killing process %d", self.remote.name, why, self._process.pid)
-        self._why = why
+        self._why, self._was_ready = why, True
         self.remote.lost(why)
         self._process.kill()
 
