@@ -295,7 +295,7 @@ async def test_tools_and_template_arguments_are_passed_on(generator: FakeGenerat
             client,
             messages=[{"role": "assistant", "tool_calls": [call]}],
             tools=[{"type": "function", "function": {"name": "look_up"}}],
-            chat_template_kwargs={"thinking": "off"},
+            chat_template_kwargs={"thinking": "off", "self": 1, "messages_": 2},
         )
     assert taught.decode(generator.requests[0].prompt) == "look_up 41 off"
 
@@ -424,6 +424,8 @@ WRONG_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": [1]}, "stop[0]", "valid string"),
     ({"stop": {"a": 1}}, "stop", "valid"),
     ({"stop_token_ids": ["x"]}, "stop_token_ids[0]", "valid integer"),
+    ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]", "no token"),
+    ({"stop_token_ids": [10**30]}, "stop_token_ids[0]", "no token"),
     ({"stop_token_ids": [1] * 2000}, "stop_token_ids", "2000"),
     ({"logit_bias": {"hello": 1}}, "logit_bias", "no token id"),
     ({"logit_bias": {"99999999": 1}}, "logit_bias", "no token id"),

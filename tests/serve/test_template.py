@@ -44,7 +44,7 @@ TEMPLATES = {
 def test_rendered_as_transformers_renders(name: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    ours = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>"}).render(CHAT, tools=TOOLS, extra="x")
+    ours = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>"}).render(CHAT, tools=TOOLS, variables={"extra": "x"})
     rendered, _ = render_jinja_template(
         conversations=[CHAT],
         tools=TOOLS,

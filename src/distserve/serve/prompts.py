@@ -46,8 +46,7 @@ async def chat_prompt(
         tools=body.tools or None,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continued,
-        documents=body.documents,
-        **variables,
+        variables={**variables, "documents": body.documents},
     )
     return Prompt(await _encode(text, tokens, add_special_tokens, limit, "messages"), text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -115,20 +115,16 @@ def sampling_params(
     defaults: Mapping[str, float],
 ) -> list[SamplingParams]:
     """One for each of the `n` choices; they differ in the seed. Raises `RequestError` naming the field."""
-    stop_token_ids = tuple(body.stop_token_ids or ())
-    if len(stop_token_ids) > MAX_STOP_TOKENS:
-        raise RequestError(
-            f"stop_token_ids holds {len(stop_token_ids)} ids; at most {MAX_STOP_TOKENS} are allowed",
-            param="stop_token_ids",
-        )
     given = {name: value for name in _DEFAULTS if (value := getattr(body, name)) is not None}
+    if body.top_k is not None:
+        given["top_k"] = min(body.top_k, vocab_size)  # more than there are: all of them
     common = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         **{**_DEFAULTS, **defaults, **given},
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        stop_token_ids=stop_token_ids,
+        stop_token_ids=_stop_tokens(body.stop_token_ids or [], vocab_size),
         ignore_eos=bool(body.ignore_eos),
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
         logprobs=logprobs,
@@ -136,6 +132,20 @@ def sampling_params(
     )
     seed = random.getrandbits(64) if body.seed is None else body.seed
     return [replace(common, seed=(seed + i) % _SEEDS) for i in range(body.n or 1)]
+
+
+def _stop_tokens(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    if len(ids) > MAX_STOP_TOKENS:
+        raise RequestError(
+            f"stop_token_ids holds {len(ids)} ids; at most {MAX_STOP_TOKENS} are allowed", param="stop_token_ids"
+        )
+    for i, id in enumerate(ids):
+        if not 0 <= id < vocab_size:
+            raise RequestError(
+                f"stop_token_ids[{i}] is {id}, which is no token of this model (0 to {vocab_size - 1})",
+                param=f"stop_token_ids[{i}]",
+            )
+    return tuple(ids)
 
 
 def _logit_bias(biases: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:

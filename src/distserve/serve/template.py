@@ -87,15 +87,18 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text, special tokens spelled out. Raises `RequestError` where the template refuses the chat."""
+        """The prompt's text, special tokens spelled out; the template sees `variables`, too.
+
+        Raises `RequestError` where the template refuses the chat.
+        """
         messages = [_with_reasoning(message) for message in messages]
         if continue_final_message:
             messages[-1] = {**messages[-1], "content": _final_content(messages) + _CONTINUE}
         known = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._template.render({"documents": None, **self._variables, **variables, **known})
+            text = self._template.render({"documents": None, **self._variables, **(variables or {}), **known})
         except Exception as error:  # a template is foreign code that met data it did not expect: any kind can come out
             raise RequestError(f"the model's chat template refuses this chat: {error}", param="messages") from error
         return _cut(text) if continue_final_message else text
