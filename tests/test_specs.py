@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,41 @@ def test_rope_is_read_in_both_notations() -> None:
     assert ModelSpec.from_config(old).max_model_len == 8192
     yarn = {**old, "rope_scaling": {"type": "yarn", "factor": 4.0}}
     assert ModelSpec.from_config(yarn).max_model_len == 16384
+
+
+def test_llama_3_in_gguf_is_scaled_as_its_factors_say() -> None:
+    """The factors as llama.cpp's converter computes them from the scaling above."""
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.context_length": 131072,
+        "llama.embedding_length": 256,
+        "llama.feed_forward_length": 512,
+        "llama.attention.head_count": 2,
+        "llama.rope.freq_base": 500000.0,
+    }
+    shapes = {"token_embd.weight": (1000, 256)}
+    factors = []
+    for i in range(64):
+        wavelength = 2 * math.pi * 500000.0 ** (2 * i / 128)
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192:
+            factors.append(8.0)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            factors.append(1 / ((1 - smooth) / 8 + smooth))
+    spec = ModelSpec.from_gguf(metadata, shapes, factors)
+    assert spec.rope_scaling == LLAMA_31_8B["rope_scaling"]
+    assert spec.num_kv_heads == 2
+    assert spec.tied_embeddings
+    assert ModelSpec.from_gguf(metadata, shapes).rope_scaling is None
+    with pytest.raises(ModelError, match="otherwise than Llama 3"):
+        ModelSpec.from_gguf(metadata, shapes, [1.0, 2.0] * 32)
+    with pytest.raises(ModelError, match="rotates 64 of 128"):
+        ModelSpec.from_gguf({**metadata, "llama.rope.dimension_count": 64}, shapes)
+    linear = {**metadata, "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    assert ModelSpec.from_gguf(linear, shapes).rope_scaling == {"rope_type": "linear", "factor": 4.0}
 
 
 def test_mistral_has_a_window_unless_it_says_otherwise() -> None:

@@ -4,6 +4,7 @@ and a transport moves. Knows no tensor and no file; it is read out of a configur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,9 +122,12 @@ class ModelSpec:
         )
 
     @classmethod
-    def from_gguf(cls, metadata: Config, shapes: Mapping[str, Sequence[int]]) -> ModelSpec:
-        """From a GGUF file's metadata and the shapes of its tensors (row-major, as PyTorch writes them). Raises
-        `ModelError`. The dtype is bfloat16: quantized weights are computed in it."""
+    def from_gguf(
+        cls, metadata: Config, shapes: Mapping[str, Sequence[int]], rope_factors: Sequence[float] | None = None
+    ) -> ModelSpec:
+        """From a GGUF file's metadata, the shapes of its tensors (row-major, as PyTorch writes them) and the values of
+        its tensor rope_freqs.weight, where it has one. Raises `ModelError`. The dtype is bfloat16: quantized weights
+        are computed in it."""
         family = metadata.get("general.architecture")
         if family != "llama":
             raise ModelError(f"this GGUF file is of architecture {family!r}; supported in GGUF: 'llama'")
@@ -138,7 +142,8 @@ class ModelSpec:
             raise ModelError(f"this GGUF file rotates {rotated} of {head_dim} dimensions a head; supported: all")
         if "token_embd.weight" not in shapes:
             raise ModelError("this GGUF file has no tensor token_embd.weight; it is truncated, fetch it again")
-        rope = _gguf_rope(metadata)
+        theta = float(metadata.get("llama.rope.freq_base", 10000.0))
+        rope = _gguf_rope(metadata) if rope_factors is None else _llama3_rope(rope_factors, theta, head_dim)
         return cls(
             family=family,
             num_layers=number("block_count"),
@@ -150,7 +155,7 @@ class ModelSpec:
             vocab_size=int(shapes["token_embd.weight"][0]),
             max_model_len=number("context_length"),
             norm_eps=float(metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-6)),
-            rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
+            rope_theta=theta,
             rope_scaling=rope,
             sliding_window=metadata.get("llama.attention.sliding_window"),
             tied_embeddings="output.weight" not in shapes,
@@ -214,6 +219,19 @@ def _gguf_rope(metadata: Config) -> dict[str, Any] | None:
     if original:
         rope["original_max_position_embeddings"] = int(original)
     return rope
+
+
+def _llama3_rope(factors: Sequence[float], theta: float, head_dim: int) -> dict[str, Any]:
+    """The scaling that `factors` (what each frequency is divided by) were computed from. GGUF files of Llama 3 hold the
+    factors only; all of that family share the other three numbers, and it is checked that they explain the factors."""
+    scaling = {"factor": max(factors), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    original = 8192
+    for i, found in enumerate(factors):
+        turns = original / (2 * math.pi * theta ** (2 * i / head_dim))  # over the original context
+        smooth = min(max((turns - 1.0) / 3.0, 0.0), 1.0)
+        if not math.isclose(1 / ((1 - smooth) / scaling["factor"] + smooth), found, rel_tol=1e-3):
+            raise ModelError("this GGUF file scales its rotary frequencies otherwise than Llama 3 does; not supported")
+    return {"rope_type": "llama3", **scaling, "original_max_position_embeddings": original}
 
 
 def _context(max_positions: int, rope: Config | None) -> int:

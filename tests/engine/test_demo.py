@@ -53,7 +53,9 @@ def reference() -> Any:
         stored_name = names.get_name(name, try_suffixes=(".weight",))
         assert stored_name is not None
         tensor = stored[stored_name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        # as one long row, because the package goes through rows slowly
+        shape = tuple(int(n) for n in tensor.shape[::-1])
+        values = gguf.dequantize(tensor.data.reshape(1, -1), tensor.tensor_type).reshape(shape)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = len(values) // spec.head_dim
             values = values.reshape(heads, spec.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
@@ -68,6 +70,23 @@ def test_fp32_logits_equal_those_of_transformers(reference: Any) -> None:
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt])).logits[0]
         torch.testing.assert_close(all_logits(model, prompt), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_fifty_varied_prompts_continue_as_with_transformers(reference: Any) -> None:
+    """1 to 2,000 tokens, all at once in mixed batches, prompts in chunks. One pass of the reference over a prompt and
+    our answer tells whether it would have chosen every token of it."""
+    generator = torch.Generator().manual_seed(6)
+    lengths = [2000, 1000, *(int(300**u) for u in torch.rand(48, generator=generator).tolist())]
+    prompts = [torch.randint(3, 49152, (n,), generator=generator).tolist() for n in lengths]
+    model = load_model(DEMO, torch.float32, 4096)
+    world = MiniScheduler(model, block_size=32, num_blocks=300, max_model_len=4096)
+    answers = world.run([greedy(i, prompt, 8 + i % 9) for i, prompt in enumerate(prompts)], chunk=512)
+    for i, prompt in enumerate(prompts):
+        answer = [token.id for token in answers[i]]
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + answer[:-1]]), logits_to_keep=len(answer)).logits[0]
+        assert logits.argmax(1).tolist() == answer, (i, len(prompt))
 
 
 def test_bf16_knows_the_capital_of_france() -> None:

@@ -113,6 +113,13 @@ class GGUFFile:
                 raise ModelError(f"{self.path}: {name} is quantized as {kind.name}, which is not supported") from error
             yield values.astype(np.float32, copy=False).reshape(len(piece), -1)
 
+    def vector(self, name: str) -> list[float] | None:
+        """The values of a vector; None where the file has no such tensor."""
+        if name not in self.tensors:
+            return None
+        (values,) = self.read(name, np.arange(self.tensors[name].shape[0]))
+        return [float(value) for value in values]
+
 
 def _read_header(data: mmap.mmap, arrays: bool) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     cursor = _Cursor(data)

@@ -54,7 +54,8 @@ def read_spec(path: Path) -> ModelSpec:
     """What the checkpoint at `path` (from `resolve`) is. Raises `ModelError`."""
     if path.is_file():
         file = GGUFFile(path)
-        return ModelSpec.from_gguf(file.metadata, {name: tensor.shape for name, tensor in file.tensors.items()})
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        return ModelSpec.from_gguf(file.metadata, shapes, file.vector("rope_freqs.weight"))
     generation = path / "generation_config.json"
     return ModelSpec.from_config(
         _read_json(path / "config.json"), _read_json(generation) if generation.exists() else None

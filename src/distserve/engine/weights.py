@@ -21,7 +21,7 @@ from distserve.engine.models.base import Model, Slot
 from distserve.engine.parallel import ALONE, Rank, share
 from distserve.errors import ModelError
 
-# Buffers that older checkpoints saved although they are computed.
+# Saved although they are computed from the configuration.
 _COMPUTED = (".rotary_emb.inv_freq", ".attn.masked_bias", "rope_freqs.weight")
 
 Slices = tuple[slice, ...]
