@@ -18,13 +18,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import psutil
 
 from benchmarks.harness import OUT
 
 READY = 600.0  # seconds: a compiler may run at a peer's first start
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def free_port() -> int:
@@ -48,6 +52,7 @@ class Server:
 
     def __enter__(self) -> Server:
         OUT.mkdir(parents=True, exist_ok=True)
+        signal.signal(signal.SIGTERM, _leave)  # a benchmark that is ended takes its servers with it
         begin = time.perf_counter()
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
