@@ -119,6 +119,9 @@ EXPORT void ds_attention(const Layer *layer, const Step *step, char *q, int64_t 
             if (layer->dtype == DTYPE_BF16) write_token_bf16(&call, token);
             else write_token_f32(&call, token);
         }
+#ifdef HAVE_AMX
+        if (tiles) configure_tiles((const uint8_t[8]){16, 16, 16, 16, 16, 16, 16, 16});
+#endif
         OMP(omp for schedule(dynamic))
         for (int64_t i = 0; i < count; i++) {
 #ifdef HAVE_AMX

@@ -2,9 +2,10 @@
  *
  *     scores^T [keys, 16] = K [keys, dim] . Q^T
  *
- * What follows has two forms. Many rows (prompts) stay transposed, sixteen query rows in the lanes of every vector:
+ * What follows has two forms. Many rows (prompts) stay transposed, sixteen query rows in the lanes of every vector,
+ * and two such groups at a time, so that each tile of keys or values is loaded for both:
  *
- *     P^T = 2^scores^T, all vertical          out^T [dim, 16] += V^T [dim, keys] . P^T      sum [1, 16]  += 1 . P^T
+ *     P^T = 2^scores^T, all vertical          out^T [dim, 16] += V^T [dim, keys] . P^T      sum [16]     += 1 . P^T
  *
  * Up to sixteen rows (decoding) are turned into rows, which wastes no lanes on rows that are not there:
  *
@@ -17,7 +18,7 @@
 #include "common.h"
 
 /* Sixteen query rows: their softmax state and where they stand. */
-typedef struct {
+typedef struct __attribute__((aligned(64))) {
     float reference[16], sum[16]; /* `sum` is used by the transposed form */
     int32_t positions[16];
     int32_t min_position, max_position;
@@ -31,10 +32,10 @@ typedef struct {
     bf16 *values;   /* [CHUNK / 32][dim / 16][16][32]: pairs of V's rows, or of V^T's columns */
     bf16 *clean;    /* [16][dim]: value rows of which some must not be read */
     bf16 *keys;     /* [CHUNK][padded], only where dim % 32 */
-    float *scores;  /* [CHUNK][16] */
+    float *scores;  /* transposed: [2][CHUNK][16]; rows: [CHUNK][16] */
     float *rows;    /* [16][CHUNK]: scores, turned */
     float *sums;    /* [16][16]: of the row form; all columns equal */
-    bf16 *weights;  /* P^T: [CHUNK / 32][16][16][2], or P: [CHUNK / 32][16][32] */
+    bf16 *weights;  /* P^T: [2][CHUNK / 32][16][16][2], or P: [CHUNK / 32][16][32] */
     bf16 *ones;     /* [16][32] */
     int64_t groups, dim, padded;
 } Work;
@@ -66,8 +67,9 @@ static void *take(char **at, int64_t bytes) {
 }
 
 static Work lay_out(int64_t rows, int64_t dim) {
-    Work w = {.groups = CEIL_DIV(rows, 16), .dim = dim, .padded = CEIL_DIV(dim, 32) * 32};
-    const int64_t fixed = (dim + w.padded + 32 + 32 + 16) * CHUNK * 2 + dim * 32 + 4096;
+    /* beyond one group there are pairs of groups; a missing last one repeats the last row */
+    Work w = {.groups = rows <= 16 ? 1 : CEIL_DIV(rows, 32) * 2, .dim = dim, .padded = CEIL_DIV(dim, 32) * 32};
+    const int64_t fixed = (dim + w.padded + 64 + 32 + 32) * CHUNK * 2 + dim * 32 + 4096;
     char *at = scratch((size_t)(w.groups * ((int64_t)sizeof(Lanes) + 64 + w.padded * 32 + dim * 64) + fixed));
     w.queries = take(&at, w.groups * w.padded * 32);
     w.outputs = take(&at, w.groups * dim * 64);
@@ -75,9 +77,9 @@ static Work lay_out(int64_t rows, int64_t dim) {
     w.values = take(&at, dim * CHUNK * 2);
     w.clean = take(&at, dim * 32);
     w.keys = take(&at, w.padded * CHUNK * 2);
-    w.scores = take(&at, CHUNK * 64);
+    w.scores = take(&at, 2 * CHUNK * 64);
     w.rows = take(&at, CHUNK * 64);
-    w.weights = take(&at, CHUNK * 32);
+    w.weights = take(&at, 2 * CHUNK * 32);
     w.sums = take(&at, 1024);
     w.ones = take(&at, 1024);
     for (int i = 0; i < 512; i++) w.ones[i] = 0x3f80;
@@ -211,12 +213,47 @@ static void score(const Layer *l, const Span *s, const Work *w, int64_t group, i
     }
 }
 
+/* The same for two groups of rows, 32 keys at a time. */
+static void score_pair(const Layer *l, const Span *s, const Work *w, int64_t group, int64_t chunk, int64_t steps) {
+    const bf16 *q0 = w->queries + group * w->padded * 16, *q1 = q0 + w->padded * 16;
+    const size_t row = (size_t)w->padded * 2;
+    BEFORE_TILE_LOAD();
+    for (int64_t step = 0; step < steps; step++) {
+        const int64_t key = chunk + step * 32;
+        const bf16 *low = w->keys + step * 32 * w->padded, *high = low + 16 * w->padded;
+        if (w->padded == w->dim) {
+            low = stripe(l, s, s->keys, key);
+            high = stripe(l, s, s->keys, key + 16 < s->end_key ? key + 16 : key); /* past the end: masked later */
+        }
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t d = 0; d < w->padded; d += 32) {
+            _tile_loadd(4, low + d, row);
+            _tile_loadd(6, q0 + d * 16, 64);
+            _tile_loadd(7, q1 + d * 16, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, high + d, row);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        float *to = w->scores + step * 512;
+        _tile_stored(0, to, 64);
+        _tile_stored(1, to + CHUNK * 16, 64);
+        _tile_stored(2, to + 256, 64);
+        _tile_stored(3, to + CHUNK * 16 + 256, 64);
+    }
+}
+
 /* Masks what a row must not see, moves the reference where it must, and turns scores into P^T. */
 static void soften(const Layer *l, const Work *w, int64_t group, int64_t chunk, int64_t steps) {
     Lanes *lanes = w->lanes + group;
     const __m512 scale = _mm512_set1_ps((float)(l->scale * 1.4426950408889634));
     const int64_t keys = steps * 32;
-    float *scores = w->scores;
+    float *scores = w->scores + group % 2 * CHUNK * 16;
+    bf16 *weights = w->weights + group % 2 * CHUNK * 16;
     if (chunk + keys - 1 > lanes->min_position || (l->window && chunk <= lanes->max_position - l->window)) {
         const __m512i positions = _mm512_loadu_si512(lanes->positions);
         const __m512i before = _mm512_sub_epi32(positions, _mm512_set1_epi32(l->window ? (int)l->window : INT32_MAX));
@@ -249,7 +286,7 @@ static void soften(const Layer *l, const Work *w, int64_t group, int64_t chunk, 
     for (int64_t j = 0; j < keys; j += 2) {
         const __m512 p0 = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(scores + j * 16), scale, reference));
         const __m512 p1 = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(scores + j * 16 + 16), scale, reference));
-        _mm512_store_si512(w->weights + j * 16, pair_rows(p0, p1));
+        _mm512_store_si512(weights + j * 16, pair_rows(p0, p1));
     }
 }
 
@@ -315,19 +352,13 @@ static void turn_scores(const Work *w, int64_t rows, int64_t steps) {
         }
 }
 
-#define TIMES(to, with)                                  \
-    do {                                                 \
-        if (transposed) _tile_dpbf16ps(to, with, 6);     \
-        else _tile_dpbf16ps(to, 6, with);                \
-    } while (0)
-
-/* The outputs and sums of one group over a chunk, 64 dimensions at a time. Transposed: out^T += V^T . P^T and
- * sum += 1 . P^T; rows: out += P . V and sums += P . 1. Tiles: 0-3 outputs, 4 values, 5 ones, 6 weights, 7 sums. */
-static inline __attribute__((always_inline)) void gather_values(const Work *w, float *out, float *sums, int64_t steps,
-                                                                const int transposed) {
+/* The row form's outputs and sums over a chunk, 64 dimensions at a time: out += P . V, sums += P . 1. Tiles: 0-3 outputs,
+ * 4 values, 5 ones, 6 weights, 7 sums. */
+static void gather_rows(const Work *w, int64_t steps) {
+    float *out = w->outputs;
     BEFORE_TILE_LOAD();
     _tile_loadd(5, w->ones, 64);
-    _tile_loadd(7, sums, 64);
+    _tile_loadd(7, w->sums, 64);
     for (int64_t d = 0; d < w->dim; d += 64, out += 1024) {
         const bf16 *v = w->values + d * 32;
         const int64_t tiles = MIN(4, (w->dim - d) / 16);
@@ -337,20 +368,20 @@ static inline __attribute__((always_inline)) void gather_values(const Work *w, f
         if (tiles > 3) _tile_loadd(3, out + 768, 64);
         for (int64_t step = 0; step < steps; step++, v += w->dim * 32) {
             _tile_loadd(6, w->weights + step * 512, 64);
-            if (d == 0) TIMES(7, 5);
+            if (d == 0) _tile_dpbf16ps(7, 6, 5);
             _tile_loadd(4, v, 64);
-            TIMES(0, 4);
+            _tile_dpbf16ps(0, 6, 4);
             if (tiles > 1) {
                 _tile_loadd(4, v + 512, 64);
-                TIMES(1, 4);
+                _tile_dpbf16ps(1, 6, 4);
             }
             if (tiles > 2) {
                 _tile_loadd(4, v + 1024, 64);
-                TIMES(2, 4);
+                _tile_dpbf16ps(2, 6, 4);
             }
             if (tiles > 3) {
                 _tile_loadd(4, v + 1536, 64);
-                TIMES(3, 4);
+                _tile_dpbf16ps(3, 6, 4);
             }
         }
         _tile_stored(0, out, 64);
@@ -358,10 +389,56 @@ static inline __attribute__((always_inline)) void gather_values(const Work *w, f
         if (tiles > 2) _tile_stored(2, out + 512, 64);
         if (tiles > 3) _tile_stored(3, out + 768, 64);
     }
-    _tile_stored(7, sums, 64);
+    _tile_stored(7, w->sums, 64);
 }
 
-#undef TIMES
+/* The transposed form's, of two groups, 32 dimensions at a time: out^T += V^T . P^T, sum += 1 . P^T. Tiles: 0-3 outputs
+ * (or 0, 1 sums), 4, 5 values (or ones), 6, 7 weights. */
+static void gather_pair(const Work *w, int64_t group, int64_t steps) {
+    const bf16 *p0 = w->weights, *p1 = p0 + CHUNK * 16;
+    float *out0 = w->outputs + group * w->dim * 16, *out1 = out0 + w->dim * 16;
+    BEFORE_TILE_LOAD();
+    for (int64_t d = 0; d < w->dim; d += 32, out0 += 512, out1 += 512) {
+        const bf16 *v = w->values + d * 32;
+        const int wide = d + 32 <= w->dim;
+        _tile_loadd(0, out0, 64);
+        _tile_loadd(1, out1, 64);
+        if (wide) {
+            _tile_loadd(2, out0 + 256, 64);
+            _tile_loadd(3, out1 + 256, 64);
+        }
+        for (int64_t step = 0; step < steps; step++, v += w->dim * 32) {
+            _tile_loadd(4, v, 64);
+            _tile_loadd(6, p0 + step * 512, 64);
+            _tile_loadd(7, p1 + step * 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (wide) {
+                _tile_loadd(5, v + 512, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, out0, 64);
+        _tile_stored(1, out1, 64);
+        if (wide) {
+            _tile_stored(2, out0 + 256, 64);
+            _tile_stored(3, out1 + 256, 64);
+        }
+    }
+    Lanes *lanes = w->lanes + group; /* a stride of 0: all sixteen rows of these tiles are the one row of sums */
+    _tile_loadd(4, w->ones, 64);
+    _tile_loadd(0, lanes[0].sum, 0);
+    _tile_loadd(1, lanes[1].sum, 0);
+    for (int64_t step = 0; step < steps; step++) {
+        _tile_loadd(6, p0 + step * 512, 64);
+        _tile_loadd(7, p1 + step * 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, lanes[0].sum, 0);
+    _tile_stored(1, lanes[1].sum, 0);
+}
 
 static void write_transposed(const Call *c, const Task *t, const Span *s, const Work *w, int64_t group) {
     const Lanes *lanes = w->lanes + group;
@@ -432,8 +509,6 @@ static void attend_amx(const Call *c, const Task *t) {
         memset(w.sums, 0, 1024);
         memset(w.weights, 0, CHUNK * 32);
     }
-    const uint8_t ones = transposed ? 1 : 16; /* rows of the tiles of ones and sums */
-    configure_tiles((const uint8_t[8]){16, 16, 16, 16, 16, ones, 16, ones});
     for (int64_t chunk = s.first_key / CHUNK * CHUNK; chunk < s.end_key; chunk += CHUNK) {
         const int64_t most = CEIL_DIV(MIN(CHUNK, s.end_key - chunk), 32);
         const Prefetch next = plan_prefetch(c, t, &s, chunk);
@@ -450,20 +525,21 @@ static void attend_amx(const Call *c, const Task *t) {
             }
             for (int64_t row = 0; row < t->last - t->first; row++) soften_row(l, &w, row, chunk, most);
             for (; asked < CHUNK * w.dim / 64; asked++) prefetch_lines(&next, asked);
-            gather_values(&w, w.outputs, w.sums, most, 0);
+            gather_rows(&w, most);
             continue;
         }
         transpose_values(&w, most);
-        for (int64_t group = 0; group < w.groups; group++) {
-            const int64_t seen = w.lanes[group].max_position + 1 - chunk;
+        for (int64_t group = 0; group < w.groups; group += 2) {
+            const int64_t seen = w.lanes[group + 1].max_position + 1 - chunk;
             if (seen <= 0) continue;
             const int64_t steps = CEIL_DIV(MIN(CHUNK, seen), 32);
-            score(l, &s, &w, group, chunk, steps);
+            score_pair(l, &s, &w, group, chunk, steps);
             soften(l, &w, group, chunk, steps);
-            gather_values(&w, w.outputs + group * w.dim * 16, w.lanes[group].sum, steps, 1);
+            soften(l, &w, group + 1, chunk, steps);
+            gather_pair(&w, group, steps);
         }
     }
     if (!transposed) write_rows(c, t, &s, &w);
     else
-        for (int64_t group = 0; group < w.groups; group++) write_transposed(c, t, &s, &w, group);
+        for (int64_t group = 0; group < CEIL_DIV(t->last - t->first, 16); group++) write_transposed(c, t, &s, &w, group);
 }

@@ -130,17 +130,16 @@ static inline void transpose16(__m512i r[16]) {
     }
 }
 
-/* 2^x, relative error below 2e-7 (a minimax polynomial on [-1/2, 1/2], Lawson's method); 0 for very negative x. */
+/* 2^x, relative error below 3e-6 (a minimax polynomial on [0, 1), Lawson's method); 0 for very negative x. Two
+ * instructions split off the whole part and put it back: the reduction leaves x - floor(x), the scaling takes floor(x). */
 static inline __m512 exp2_16(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 part = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(0.00132764718f);
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.00967554133f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.0555071327f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.240221197f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.693146967f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(1.00000007f));
-    return _mm512_scalef_ps(p, whole);
+    const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 p = _mm512_set1_ps(0.0135341676f);
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.0520114612f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.241442757f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(0.693003835f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(1.00000259f));
+    return _mm512_scalef_ps(p, x);
 }
 
 /* x / (1 + exp(-x)) */

@@ -58,7 +58,10 @@ EXPORT int64_t ds_gather(const Packed *w, const int64_t *ids, int64_t count, bf1
 
 #ifdef HAVE_AMX
 
-#define ROWS_IN_CACHE 512          /* rows of x that are multiplied with all weights before the next ones */
+/* Rows of x are multiplied with all weights before the next ones, and with a group of units before the next group: so
+ * many bytes of each stay in the second-level cache, and outputs are written some hundred bytes side by side. */
+#define CACHED_ROWS (640 << 10)
+#define CACHED_UNITS (384 << 10)
 
 /* Prefetching a straight line of memory page after page keeps one hardware stream busy; eight pages at once keep eight,
  * and read 1.5 times as fast. So the next 32 KB are asked for, sixteen lines of each page in turn, while these are used.
@@ -160,24 +163,28 @@ static inline void write_unit(const Product *p, int64_t unit, int64_t row, int r
     }
 }
 
-/* Rows [row, row + rows) of x (at most ROWS_IN_CACHE) times units [first, last). */
-static void multiply_units(const Product *p, const bf16 *x, int64_t stride, int64_t row, int64_t rows, int64_t first,
-                           int64_t last) {
+/* `count` <= 32 rows of x from `row` on times units [first, last). */
+static void multiply_rows(const Product *p, const bf16 *x, int64_t stride, int64_t row, int64_t count, int64_t first,
+                          int64_t last, int first_use) {
     float sums[1024] __attribute__((aligned(64)));
-    const int64_t whole = rows / 32 * 32;
-    const int rest = (int)(rows - whole);
     for (int64_t unit = first; unit < last; unit++) {
         const bf16 *b = p->w->weight + unit * p->steps * 1024;
-        if (whole) configure_product(16, 16);
-        for (int64_t i = 0; i < whole; i += 32) {
-            multiply_unit(x + (row + i) * stride, stride, 32, b, p->steps, sums, i == 0);
-            write_unit(p, unit, row + i, 32, sums);
-        }
-        if (rest) {
-            if (whole || unit == first) configure_product(MIN(rest, 16), MAX(rest - 16, 1));
-            multiply_unit(x + (row + whole) * stride, stride, rest, b, p->steps, sums, whole == 0);
-            write_unit(p, unit, row + whole, rest, sums);
-        }
+        multiply_unit(x + row * stride, stride, (int)count, b, p->steps, sums, first_use);
+        write_unit(p, unit, row, (int)count, sums);
+    }
+}
+
+/* Rows [row, row + rows) of x times units [first, last). */
+static void multiply_block(const Product *p, const bf16 *x, int64_t stride, int64_t row, int64_t rows, int64_t first,
+                           int64_t last) {
+    const int64_t group = MAX(1, CACHED_UNITS / (p->steps * 2048)), whole = rows / 32 * 32, rest = rows - whole;
+    if (whole) configure_product(16, 16);
+    for (int64_t unit = first; unit < last && whole; unit += group)
+        for (int64_t i = 0; i < whole; i += 32)
+            multiply_rows(p, x, stride, row + i, 32, unit, MIN(unit + group, last), i == 0);
+    if (rest) {
+        configure_product((int)MIN(rest, 16), (int)MAX(rest - 16, 1));
+        multiply_rows(p, x, stride, row + whole, rest, first, last, whole == 0);
     }
 }
 
@@ -187,7 +194,7 @@ EXPORT void ds_linear(const Packed *w, const bf16 *x, int64_t stride, int64_t ro
                       int64_t mode) {
     if (rows <= 0) return;
     const Product product = {w, CEIL_DIV(w->num_inputs, 32), out, mode, out_stride};
-    const int64_t units = packed_units(w);
+    const int64_t units = packed_units(w), most = MAX(32, CACHED_ROWS / (product.steps * 64) / 32 * 32);
     bf16 *padded = NULL;
     if (w->num_inputs % 32) { /* tiles read whole steps: the rest of a row must be there, and must be no NaN */
         const int64_t width = product.steps * 32;
@@ -201,15 +208,15 @@ EXPORT void ds_linear(const Packed *w, const bf16 *x, int64_t stride, int64_t ro
         stride = width;
     }
     OMP(omp parallel num_threads(num_threads) if (num_threads > 1)) {
-        for (int64_t row = 0; row < rows; row += ROWS_IN_CACHE) {
-            const int64_t count = MIN(ROWS_IN_CACHE, rows - row);
+        for (int64_t row = 0; row < rows; row += most) {
+            const int64_t count = MIN(most, rows - row);
             int64_t first = 0, last = units;
 #ifdef _OPENMP
             const int64_t team = omp_get_num_threads(), member = omp_get_thread_num();
             first = units * member / team;
             last = units * (member + 1) / team;
 #endif
-            multiply_units(&product, x, stride, row, count, first, last);
+            multiply_block(&product, x, stride, row, count, first, last);
         }
         _tile_release();
     }
