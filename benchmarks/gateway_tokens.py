@@ -23,8 +23,9 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from distserve.request import FinishReason, Request, Token
+from distserve.request import FinishReason, Request, SamplingParams, Token
 from distserve.serve.api import ApiOptions, build_app
 from distserve.serve.tokens import load_tokenizer
 
@@ -76,7 +77,8 @@ def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
     async def run() -> None:
         tokens = load_tokenizer(arguments.model)
         source = Source(arguments.interval, tokens.vocab_size)
-        app = build_app(source, tokens, ApiOptions(("model",), metrics=_cpu))
+        api = build_app(source, tokens, ApiOptions(("model",), metrics=_cpu))
+        app = _bare(api, source) if arguments.bare else api
         server = uvicorn.Server(
             uvicorn.Config(app, http="httptools", loop="uvloop", log_level="warning", lifespan="off")
         )
@@ -88,6 +90,24 @@ def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
     import uvloop
 
     uvloop.run(run())
+
+
+def _bare(api: ASGIApp, source: Source) -> ASGIApp:
+    """The floor: streams the same tokens as constant bytes, through the same server and sockets."""
+    chunk = b"data: " + b"x" * 210 + b"\n\n"
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/metrics":
+            await api(scope, receive, send)
+            return
+        body = json.loads((await receive())["body"])
+        request = Request(source.next_id(), [1], SamplingParams(max_tokens=body["max_tokens"]))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        async for _ in source.generate(request):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return app
 
 
 def _cpu() -> tuple[bytes, str]:
@@ -109,15 +129,14 @@ async def _stream(port: int, body: dict[str, Any]) -> int:
     """Reads a stream to its end; returns the number of bytes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(body).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(content)}\r\n\r\n"
-    )
-    writer.write(head.encode() + content)
-    size = 0
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+    size, last = 0, b""
     while received := await reader.read(1 << 16):
         size += len(received)
         last = received
-    assert last.endswith(b"0\r\n\r\n"), "the stream broke off"
+    if not last.endswith(b"0\r\n\r\n"):
+        raise SystemExit(f"the stream broke off: {last[-200:]!r}")
     writer.close()
     return size
 
@@ -161,6 +180,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--interval", type=float, default=0.005)
     parser.add_argument("--stop", action="store_true", help="with four stop strings")
+    parser.add_argument(
+        "--bare", action="store_true", help="constant bytes instead of text: what server and socket cost"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)  # the listening socket of the server process
     arguments = parser.parse_args()
