@@ -101,9 +101,9 @@ class Server:
 
 
 @contextmanager
-def serving(tmp_path: Path, *args: str) -> Iterator[Server]:
+def serving(tmp_path: Path, *args: str, environ: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A server that is ready; killed at the end if the test has not stopped it."""
-    server = Server(list(args), tmp_path / "server.log")
+    server = Server(list(args), tmp_path / "server.log", environ)
     try:
         server.wait_ready()
         yield server

@@ -122,6 +122,38 @@ def test_answers_survive_the_death_of_an_instance(tmp_path: Path, pairs: str, vi
         server.wait_for("all blocks free", server.idle, within=5)
 
 
+def test_answers_survive_the_death_of_the_fork_server(tmp_path: Path) -> None:
+    """And of all instances with it: everything comes back, and nobody's answer changes."""
+    with serving(tmp_path, "fake:step=0.01", "--kv-memory", "8MiB") as server:
+        good = server.text("story", max_tokens=100, seed=3)
+        found: list[str] = []
+        thread = threading.Thread(target=lambda: found.append(server.text("story", max_tokens=100, seed=3)))
+        thread.start()
+        server.wait_for("work", lambda: not server.idle())
+        fork_server = psutil.Process(server.pid("decode-0")).parent()
+        assert fork_server is not None
+        fork_server.kill()
+        thread.join(60)
+        assert found == [good]
+
+
+def test_instances_can_be_interpreters_of_their_own(tmp_path: Path) -> None:
+    """As on CUDA, where nothing may be forked."""
+    with serving(tmp_path, "fake:step=0.01", "--kv-memory", "8MiB", environ={"DISTSERVE_FORK": "off"}) as server:
+        processes = server.processes()
+        assert len(processes) == 3
+        good = server.text("story", max_tokens=50, seed=3)
+        old = server.pid("decode-0")
+        server.kill("decode-0")
+        server.wait_for("restart", lambda: server.pid("decode-0") not in (None, old))
+        assert server.text("story", max_tokens=50, seed=3) == good
+        children = server.processes()[1:]
+        server.process.kill()
+        server.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+
+
 def test_a_hung_instance_is_fenced_and_replaced(tmp_path: Path) -> None:
     with serving(tmp_path, "fake:step=0.01", "--kv-memory", "8MiB") as server:
         good = server.text("story", max_tokens=100, seed=3)
@@ -145,7 +177,7 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(tmp_path: Path)
         assert server.stop(signal.SIGTERM) == 0
         thread.join()
         assert len(found) == 1
-        assert len(processes) == 3
+        assert len(processes) == 4  # the gateway, the fork server, two instances
         _, alive = psutil.wait_procs(processes, timeout=2)
         assert not alive
 
@@ -167,7 +199,7 @@ def test_two_interrupts_end_at_once(tmp_path: Path) -> None:
 def test_instances_do_not_outlive_a_killed_gateway(tmp_path: Path) -> None:
     with serving(tmp_path, "fake", "--kv-memory", "8MiB") as server:
         children = server.processes()[1:]
-        assert len(children) == 2
+        assert len(children) == 3  # the fork server and two instances
         server.process.kill()
         server.process.wait()
         _, alive = psutil.wait_procs(children, timeout=5)

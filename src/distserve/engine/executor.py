@@ -6,31 +6,25 @@ Knows neither scheduler nor transport; whoever shares the KV injects the memory 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import torch
-
-from distserve.engine import hub, kernels, weights
+from distserve.engine import kernels
 from distserve.engine.base import EngineOptions, EngineResult
 from distserve.engine.kv_cache import Buffer, KVCache, private_buffer
-from distserve.engine.models.base import build
+from distserve.engine.loaded import LoadedModel, Progress, load
 from distserve.engine.runner import Runner
 from distserve.engine.state import RequestState
-from distserve.errors import ModelError, PlanError
+from distserve.errors import PlanError
 from distserve.request import Request
 from distserve.sched.base import Batch
-from distserve.specs import DTYPE_BYTES, KVLayout, ModelSpec
-
-Progress = Callable[[float, str], None]
+from distserve.specs import KVLayout, ModelSpec
 
 
 class LocalExecutor:
-    """See `base.Executor`. `kv_buffer_factory` is given a number of bytes and returns that much writable memory; the
-    fields below are set when `start` returns."""
+    """See `base.Executor`. `kv_buffer_factory` is given a number of bytes and returns that much writable memory;
+    `loaded` are weights that are here already. The fields below are set when `start` returns."""
 
     spec: ModelSpec
     layout: KVLayout
@@ -39,8 +33,14 @@ class LocalExecutor:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
 
-    def __init__(self, options: EngineOptions, kv_buffer_factory: Callable[[int], Buffer] | None = None) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        kv_buffer_factory: Callable[[int], Buffer] | None = None,
+        loaded: LoadedModel | None = None,
+    ) -> None:
         self._options = options
+        self._loaded = loaded
         self._buffer_factory = kv_buffer_factory or private_buffer
         self.block_size = options.block_size
         self._states: dict[int, RequestState] = {}
@@ -62,29 +62,22 @@ class LocalExecutor:
         options = self._options
         if options.cores:
             kernels.set_num_threads(len(options.cores))
-        path = Path(options.model)
-        progress(0.0, "reading the configuration")
-        self.spec = spec = hub.read_spec(path)
-        device, dtype = _device(options.device), _dtype(options.dtype, spec)
-        self.layout = spec.kv_layout(options.block_size, dtype)
+        loaded = self._loaded or load(options, progress)
+        self.spec = loaded.spec
+        self.layout = loaded.spec.kv_layout(options.block_size, loaded.dtype)
         self.num_blocks = options.kv_bytes // self.layout.block_bytes
         if self.num_blocks < 1:
             raise PlanError(
                 f"{options.kv_bytes} bytes of KV memory hold no block of {options.block_size} tokens "
                 f"({self.layout.block_bytes} bytes); give more KV memory or smaller blocks"
             )
-        self.eos_token_ids = spec.eos_token_ids
+        self.eos_token_ids = loaded.spec.eos_token_ids
         # A sequence that fills the whole KV memory ends there, as one that fills the context does.
-        self.max_model_len = min(_context(options, spec), self.num_blocks * options.block_size)
-        with torch.inference_mode():
-            model = build(spec, getattr(torch, dtype))
-            weights.load(path, model, device, lambda fraction: progress(0.05 + 0.85 * fraction, "loading weights"))
-            model.finish(self.max_model_len, device)
-        _trim_heap()
+        self.max_model_len = min(loaded.max_model_len, self.num_blocks * options.block_size)
         progress(0.9, "allocating KV memory")
         self.kv_buffer = self._buffer_factory(self.num_blocks * self.layout.block_bytes)
-        self._kv = KVCache(self.layout, self.num_blocks, self.kv_buffer, device)
-        self._runner = Runner(model, self._kv, self.max_model_len, device)
+        self._kv = KVCache(self.layout, self.num_blocks, self.kv_buffer, loaded.device)
+        self._runner = Runner(loaded.model, self._kv, self.max_model_len, loaded.device)
         progress(0.92, "warming up")
         self._runner.warm_up()
         progress(1.0, "ready")
@@ -110,33 +103,3 @@ class LocalExecutor:
     async def stop(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
         self._states.clear()
-
-
-def _trim_heap() -> None:
-    """Gives the system back what loading used in passing; glibc would keep it (20 MB for a model of 135M weights)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PlanError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _dtype(asked: str, spec: ModelSpec) -> str:
-    dtype = spec.dtype if asked == "auto" else asked
-    if dtype not in DTYPE_BYTES:
-        raise ModelError(f"dtype {dtype!r} is not supported; give --dtype as one of {', '.join(DTYPE_BYTES)}")
-    return dtype
-
-
-def _context(options: EngineOptions, spec: ModelSpec) -> int:
-    asked = options.max_model_len
-    if asked is None:
-        return spec.max_model_len
-    if asked > spec.max_model_len:
-        raise ModelError(f"--max-model-len {asked} is over the checkpoint's {spec.max_model_len}; give at most that")
-    return asked

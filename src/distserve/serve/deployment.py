@@ -36,7 +36,8 @@ def starts(options: ServeOptions, plan: Plan, model: str, spec: ModelSpec) -> li
             )
     if options.max_model_len is not None and options.max_model_len > spec.max_model_len:
         raise UsageError(
-            f"--max-model-len {options.max_model_len} is more than the checkpoint was made for: at most {spec.max_model_len}"
+            f"--max-model-len {options.max_model_len} is more than the checkpoint was made for: give at most "
+            f"{spec.max_model_len}"
         )
     on_cpu = device == "cpu"
     numbers = machine.cores() if on_cpu else list(range(machine.gpus()))
@@ -61,7 +62,8 @@ def starts(options: ServeOptions, plan: Plan, model: str, spec: ModelSpec) -> li
             cores=where[replica.name] if on_cpu else (),
         )
         num_threads = len(engine.cores) or 1
-        found.append(Start(replica.name, replica.role, _configure(options, replica, engine), num_threads))
+        configure = _configure(options, replica, engine)
+        found.append(Start(replica.name, replica.role, configure, forkable=on_cpu, num_threads=num_threads))
     return found
 
 

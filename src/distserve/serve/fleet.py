@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -23,6 +24,7 @@ from distserve.plan import Role
 from distserve.serve.config import InstanceConfig, encode_config
 from distserve.serve.messages import Loading, Meet, Part
 from distserve.serve.rpc import RemoteInstance
+from distserve.serve.spawn import ForkSpawner, InterpreterSpawner, Spawner
 from distserve.serve.supervisor import Supervisor
 from distserve.serve.switchboard import Switchboard
 from distserve.serve.telemetry import Telemetry
@@ -38,6 +40,7 @@ class Start:
     name: str
     role: Role
     configure: Callable[[int, str, str], InstanceConfig]
+    forkable: bool  # its weights are the others', and its device allows it
     num_threads: int = 1
 
 
@@ -48,6 +51,7 @@ class Fleet:
         self._folder = Path(tempfile.mkdtemp(prefix="distserve-"))  # mode 0700: nobody else may speak to the instances
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._switchboard = Switchboard(self._context, f"ipc://{self._folder}/gateway")
+        self._forks = ForkSpawner(_environ(1))  # one thread until the fork; each fork then takes its own cores
         self.remotes = [RemoteInstance(start.name, start.role, time.monotonic) for start in starts]
         self.supervisors = [self._supervisor(*pair) for pair in zip(self.remotes, starts, strict=True)]
         self._known: dict[str, int] = {}  # by name: the epoch that the decode side was introduced to
@@ -62,10 +66,11 @@ class Fleet:
             notices = f"ipc://{self._folder}/{start.name}.{epoch}"
             return encode_config(start.configure(epoch, self._switchboard.address, notices))
 
-        environ = dict(os.environ)
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported, before anybody can be told
-            environ[name] = str(start.num_threads)
-        return Supervisor(remote, self._switchboard, configure, environ)
+        if start.forkable and sys.platform == "linux" and os.environ.get("DISTSERVE_FORK") != "off":
+            spawner: Spawner = self._forks
+        else:
+            spawner = InterpreterSpawner(_environ(start.num_threads))
+        return Supervisor(remote, self._switchboard, configure, spawner)
 
     def observe(self, telemetry: Telemetry) -> None:
         """Passes on what the instances report of themselves."""
@@ -98,6 +103,7 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+        await self._forks.close()
         self._switchboard.close()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -135,3 +141,8 @@ class Fleet:
                     decoder.tell(Part(decoder.epoch, changed.name, epoch))
         if self.on_change is not None:
             self.on_change()
+
+
+def _environ(num_threads: int) -> dict[str, str]:
+    """Read when torch is imported, before anybody can be told."""
+    return {**os.environ, "OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}

@@ -13,16 +13,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from distserve.plan import Plan, Policy, Role, default_plan
 from distserve.sched.base import Scheduler
 from distserve.sched.blocks import BlockPool
 from distserve.serve.config import InstanceConfig
 from distserve.serve.fleet import Start
+from distserve.serve.forkserver import main as fork_server
 from distserve.serve.options import DEMO_MODEL, ServeOptions
-from distserve.serve.process import Parts, SharingExecutor, main
+from distserve.serve.process import Parts, SharingExecutor, live, main
 from distserve.specs import ModelSpec
+
+if TYPE_CHECKING:
+    from distserve.engine.loaded import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +138,23 @@ def _banner(options: ServeOptions, model: str, found: list[Start], listener: soc
 # -- an instance's process --------------------------------------------------------------------------------------------
 
 
-async def _build(config: InstanceConfig, progress: Callable[[float, str], None]) -> Parts:
+class _Weights:
+    """What a fork server has loaded for its forks."""
+
+    def __init__(self) -> None:
+        self.model: LoadedModel | None = None
+
+    def preload(self, config: InstanceConfig, progress: Callable[[float, str], None]) -> None:
+        if not is_fake(config.engine.model):
+            from distserve.engine.loaded import load
+
+            self.model = load(config.engine, progress)
+
+    def live(self, config: InstanceConfig) -> int:
+        return live(config, partial(_build, self.model))
+
+
+async def _build(model: LoadedModel | None, config: InstanceConfig, progress: Callable[[float, str], None]) -> Parts:
     """The executor, started; then the scheduler and transport of the role over its KV memory."""
     from distserve.engine.measure import measure_knee
     from distserve.transfer.memory import SharedMemory
@@ -144,7 +166,7 @@ async def _build(config: InstanceConfig, progress: Callable[[float, str], None])
         memories.append(SharedMemory(size))
         return memories[-1].buffer
 
-    executor = _executor(config, allocate)
+    executor = _executor(config, model, allocate)
     await executor.start(progress)
     (memory,) = memories
     size = executor.num_blocks
@@ -161,14 +183,16 @@ async def _build(config: InstanceConfig, progress: Callable[[float, str], None])
     return Parts(_scheduler(config, pool, knee), executor, publisher, transport, executor.layout)
 
 
-def _executor(config: InstanceConfig, allocate: Callable[[int], memoryview]) -> SharingExecutor:
+def _executor(
+    config: InstanceConfig, model: LoadedModel | None, allocate: Callable[[int], memoryview]
+) -> SharingExecutor:
     if is_fake(config.engine.model):
         from distserve.engine.fake import FakeExecutor, parse_fake
 
         return FakeExecutor(config.engine, parse_fake(config.engine.model), kv_buffer_factory=allocate, verify=True)
     from distserve.engine.executor import LocalExecutor
 
-    return LocalExecutor(config.engine, allocate)
+    return LocalExecutor(config.engine, allocate, model)
 
 
 def _scheduler(config: InstanceConfig, pool: BlockPool, knee: int | None) -> Scheduler:
@@ -189,4 +213,7 @@ def _scheduler(config: InstanceConfig, pool: BlockPool, knee: int | None) -> Sch
 
 
 if __name__ == "__main__":
-    sys.exit(main(_build))
+    if sys.argv[1:] == ["fork-server"]:
+        weights = _Weights()
+        sys.exit(fork_server(weights.preload, weights.live))
+    sys.exit(main(partial(_build, None)))

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import zmq
 
@@ -61,21 +61,28 @@ Build = Callable[[InstanceConfig, Callable[[float, str], None]], Coroutine[None,
 
 
 def main(build: Build) -> int:
-    """The whole life of the process; returns its exit status."""
+    """The whole life of a process of its own; returns its exit status."""
+    return live(decode_config(sys.stdin.buffer.readline()), build, sys.stdin.buffer)
+
+
+def live(config: InstanceConfig, build: Build, life_line: BinaryIO | None = None) -> int:
+    """An instance's life in this process. Without a life line the process must be a child of one that has it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
-    config = decode_config(sys.stdin.buffer.readline())
     logging.basicConfig(
-        level=config.log_level.upper(), format=f"%(levelname)s {config.name}: %(message)s", stream=sys.stderr
+        level=config.log_level.upper(),
+        format=f"%(levelname)s {config.name}: %(message)s",
+        force=True,
+        stream=sys.stderr,
     )
     if config.engine.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, config.engine.cores)
-    return asyncio.run(_Process(config).run(build))
+    return asyncio.run(_Process(config).run(build, life_line))
 
 
 def _die_with_parent() -> None:
-    """Linux: should the gateway be killed while this process cannot look at its life line, the kernel ends it."""
+    """Linux: should the parent be killed while this process cannot look at its life line, the kernel ends it."""
     if sys.platform == "linux":
         set_death_signal = 1
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
@@ -90,12 +97,12 @@ class _Process:
         self._notified: dict[str, Endpoint] = {}
         self._loop: InstanceLoop | None = None
 
-    async def run(self, build: Build) -> int:
+    async def run(self, build: Build, life_line: BinaryIO | None) -> int:
         config = self._config
         self._line.connect(config.gateway, identity(config.name, config.epoch))
         self._line.start()
         self._notices.bind(config.notices)
-        orphaned = asyncio.create_task(_pipe_end(sys.stdin.buffer))
+        orphaned = asyncio.create_task(_pipe_end(life_line))
         work = asyncio.create_task(self._work(build))
         await asyncio.wait((orphaned, work), return_when=asyncio.FIRST_COMPLETED)
         try:
@@ -170,8 +177,11 @@ class _Process:
             self._loop.handle(decode_to_instance(frames[0]))
 
 
-async def _pipe_end(pipe: object) -> None:
-    """Returns when the other end of `pipe` is closed."""
+async def _pipe_end(pipe: BinaryIO | None) -> None:
+    """Returns when the other end of `pipe` is closed; without a pipe, never."""
+    if pipe is None:
+        await asyncio.Event().wait()
+        return
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)

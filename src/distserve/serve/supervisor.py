@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Callable
 
-from distserve.serve.messages import Fatal, Stop
+from distserve.serve.messages import Fatal, Loading, Stop
 from distserve.serve.rpc import RemoteInstance
+from distserve.serve.spawn import Spawned, Spawner, StartError
 from distserve.serve.switchboard import Switchboard
 
 log = logging.getLogger(__name__)
@@ -39,16 +39,15 @@ class Supervisor:
         remote: RemoteInstance,
         switchboard: Switchboard,
         configure: Callable[[int], bytes],
-        environ: dict[str, str],
+        spawner: Spawner,
     ) -> None:
         self.remote = remote
         self.num_restarts = 0
         self.on_restart: Callable[[], None] | None = None
-        self.pid: int | None = None
         self._switchboard = switchboard
         self._configure = configure
-        self._environ = environ
-        self._process: asyncio.subprocess.Process | None = None
+        self._spawner = spawner
+        self._process: Spawned | None = None
         self._stop = asyncio.Event()
         self._was_ready = False
         self._why = ""
@@ -77,23 +76,26 @@ class Supervisor:
 
     async def _live_once(self) -> int:
         epoch = time.time_ns()  # later processes have greater epochs, also across restarts of the gateway
-        self._why = ""
-        command = (sys.executable, "-m", "distserve.serve.launch")
-        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env=self._environ)
-        self._process, self.pid = process, process.pid
+        self._why, status = "", -1
         self.remote.begin(epoch, self._switchboard.open_line(self.remote, epoch))
         try:
-            assert process.stdin is not None
-            process.stdin.write(self._configure(epoch) + b"\n")
-            return await process.wait()
+            self._process = await self._spawner.start(epoch, self._configure(epoch), self._loading)
+            status = await self._process.wait()
+        except StartError as error:
+            self._why = f"could not be started: {error}"
+            self.remote.fatal = Fatal(epoch, str(error), error.usage)
         finally:
             self._was_ready = self._was_ready or self.remote.alive
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-            self._process, self.pid = None, None
+            if self._process is not None and not self._process.ended:
+                self._process.kill()
+                await self._process.wait()
+            self._process = None
             self._switchboard.close_line(self.remote, epoch)
-            self.remote.lost(self._why or f"died (status {process.returncode})")
+            self.remote.lost(self._why or f"died (status {status})")
+        return status
+
+    def _loading(self, fraction: float, what: str) -> None:
+        self.remote.receive(Loading(self.remote.epoch, fraction, what))
 
     def watch(self, now: float) -> None:
         """Fences the instance where it has stopped making progress. Called by a timer that itself ran on time."""
@@ -107,7 +109,7 @@ class Supervisor:
 
     def fence(self, why: str) -> None:
         """Revokes the epoch at once and kills the process."""
-        if self._process is None or self._process.returncode is not None:
+        if self._process is None or self._process.ended:
             return
         log.error("%s %s; killing process %d", self.remote.name, why, self._process.pid)
         self._why, self._was_ready = why, True
@@ -122,8 +124,8 @@ class Supervisor:
             return
         if self.remote.alive:
             self.remote.tell(Stop(self.remote.epoch))
-        elif process.stdin is not None:
-            process.stdin.close()  # it still loads and does not listen, but it watches its life line
+        else:
+            process.kill()  # it still loads, and does not listen
         try:
             await asyncio.wait_for(process.wait(), KILL_AFTER)
         except TimeoutError:

@@ -1,0 +1,76 @@
+"""A checkpoint in memory, ready to compute: what instances with the same weights can share by being forked.
+
+`load` starts no thread and keeps no lock, so that a process may fork after it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distserve.engine import hub, weights
+from distserve.engine.base import EngineOptions
+from distserve.engine.models.base import Model, build
+from distserve.errors import ModelError, PlanError
+from distserve.specs import DTYPE_BYTES, ModelSpec
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Weights on a device, packed for it. Nothing writes to it any more."""
+
+    spec: ModelSpec
+    model: Model
+    dtype: str
+    device: torch.device
+    max_model_len: int  # tokens of context, as the checkpoint and the options allow
+
+
+def load(options: EngineOptions, progress: Progress) -> LoadedModel:
+    """Of `options` it heeds the model, the device, the dtype and the context. Raises `ModelError`, `PlanError`."""
+    path = Path(options.model)
+    progress(0.0, "reading the configuration")
+    spec = hub.read_spec(path)
+    device, dtype, context = _device(options.device), _dtype(options.dtype, spec), _context(options, spec)
+    with torch.inference_mode():
+        model = build(spec, getattr(torch, dtype))
+        weights.load(path, model, device, lambda fraction: progress(0.05 + 0.85 * fraction, "loading weights"))
+        model.finish(context, device)
+    _trim_heap()
+    return LoadedModel(spec, model, dtype, device, context)
+
+
+def _trim_heap() -> None:
+    """Gives the system back what loading used in passing; glibc would keep it (20 MB for a model of 135M weights)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PlanError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _dtype(asked: str, spec: ModelSpec) -> str:
+    dtype = spec.dtype if asked == "auto" else asked
+    if dtype not in DTYPE_BYTES:
+        raise ModelError(f"dtype {dtype!r} is not supported; give --dtype as one of {', '.join(DTYPE_BYTES)}")
+    return dtype
+
+
+def _context(options: EngineOptions, spec: ModelSpec) -> int:
+    asked = options.max_model_len
+    if asked is None:
+        return spec.max_model_len
+    if asked > spec.max_model_len:
+        raise ModelError(f"--max-model-len {asked} is over the checkpoint's {spec.max_model_len}; give at most that")
+    return asked

@@ -1,0 +1,105 @@
+"""The real small model, served: the same greedy tokens as transformers, and the same answers however it is deployed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from openai import OpenAI
+from tests.engine.test_demo import reference  # noqa: F401  # the fixture: a plain transformers model of the same weights
+from tests.serve.live import Server, serving
+
+from distserve.engine import hub
+from distserve.serve.tokens import load_tokenizer
+
+pytestmark = [
+    pytest.mark.skipif(not hub.demo_path().exists(), reason="the demo model is not here; `make setup` fetches it"),
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]
+
+MODEL = "smollm2-135m-instruct"
+NUM_TOKENS = 12
+PLANS = {
+    "disaggregated": '[[instances]]\nrole = "prefill"\n[[instances]]\nrole = "decode"\n',
+    "chunked": '[[instances]]\nrole = "colocated"\nchunk_tokens = 300\n',
+    "prefill-first": '[[instances]]\nrole = "colocated"\npolicy = "prefill-first"\n',
+}
+
+
+def prompts() -> list[list[int]]:
+    """50 prompts of 1 to 2,000 ordinary tokens, mostly short."""
+    rng = random.Random(11)
+    lengths = [1, 2, 31, 32, 33, 64, 1500, 2000] + [int(2 ** rng.uniform(0, 8.5)) for _ in range(42)]
+    return [[rng.randrange(100, 49_000) for _ in range(length)] for length in lengths]
+
+
+def ask_all(server: Server, **fields: Any) -> list[str]:
+    """Every prompt's answer, ten prompts at a time so that batches are mixed."""
+
+    def ask(prompt: list[int]) -> str:
+        fixed = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "skip_special_tokens": False}
+        answer = server.complete(prompt, **fixed, **fields)
+        assert answer["usage"]["completion_tokens"] == NUM_TOKENS
+        return str(answer["choices"][0]["text"])
+
+    with ThreadPoolExecutor(10) as threads:
+        return list(threads.map(ask, prompts()))
+
+
+@pytest.fixture(scope="module", params=list(PLANS))
+def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    (folder / "plan.toml").write_text(PLANS[request.param])
+    with serving(folder, "--plan", str(folder / "plan.toml"), "--dtype", "float32", "--kv-memory", "512MiB") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def greedy(reference: Any) -> list[str]:  # noqa: F811
+    """What transformers answers."""
+    tokenizer = load_tokenizer(str(hub.demo_path()))
+    found = []
+    for prompt in prompts():
+        with torch.inference_mode():
+            answer = reference.generate(
+                torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False
+            )
+        found.append(tokenizer.decode(answer[0, len(prompt) :].tolist(), skip_special_tokens=False))
+    return found
+
+
+seeded: list[list[str]] = []  # the answers of each deployment; all must be equal
+
+
+def test_greedy_tokens_equal_those_of_transformers(deployment: Server, greedy: list[str]) -> None:
+    assert ask_all(deployment, temperature=0) == greedy
+
+
+def test_seeded_sampling_is_the_same_however_it_is_deployed(deployment: Server) -> None:
+    fields = {"temperature": 0.9, "top_p": 0.95, "presence_penalty": 0.5, "repetition_penalty": 1.1, "seed": 7}
+    seeded.append(ask_all(deployment, **fields))
+    assert seeded[-1] == seeded[0]
+    assert len(set(seeded[0])) > 40
+
+
+def test_the_real_client_talks_to_the_real_model(tmp_path: Path) -> None:
+    """bfloat16, as `make demo` serves it."""
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with serving(tmp_path) as server, OpenAI(base_url=server.url + "/v1", api_key="none") as client:
+        answer = client.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=16)  # type: ignore[arg-type]
+        assert "Paris" in (answer.choices[0].message.content or "")
+        pieces = client.chat.completions.create(
+            model=MODEL,
+            messages=question,
+            temperature=0,
+            max_tokens=16,
+            stream=True,  # type: ignore[arg-type]
+        )
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == answer.choices[0].message.content
+        assert server.total("distserve:handoffs_total") == 2
