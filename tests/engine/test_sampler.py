@@ -211,6 +211,19 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
     assert sample(torch.full((1, VOCAB), float("-inf")), [state()], 100) == [None]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_client_that_leaves_no_token_fails_alone(temperature: float) -> None:
+    """Every token is a stop token and none may come yet; a bias without bounds."""
+    nothing: list[dict[str, Any]] = [
+        {"stop_token_ids": tuple(range(VOCAB)), "min_tokens": 1},
+        {"logit_bias": ((3, float("inf")),)},
+        {"logit_bias": ((3, float("nan")),)},
+    ]
+    states = [state(temperature=temperature, **asked) for asked in nothing]
+    tokens = sample(logits(rows=4), [*states, state(temperature=temperature)], 100)
+    assert [token is None for token in tokens] == [True, True, True, False]
+
+
 @pytest.mark.parametrize("wanted", [0, 1, 5, 20])
 def test_logprobs_are_those_of_the_raw_logits(wanted: int) -> None:
     row = logits(6)

@@ -29,24 +29,23 @@ Row = NDArray[np.float32]  # [V]
 _CUTOFFS = (1e-3, 0.0)
 
 NOT_FINITE = (
-    "the model computed logits that are not finite numbers; the checkpoint or its dtype is unfit for this prompt"
+    "there is no token to draw: the logits are not finite numbers (the checkpoint or its dtype is unfit for this prompt, "
+    "or penalties, logit_bias and stop tokens leave nothing)"
 )
 
 
 def sample(logits: Tensor, states: Sequence[RequestState], max_model_len: int) -> list[Token | None]:
-    """One token for each row of `logits` [R, V] (fp32), appended to its request. None: the row is not finite."""
+    """One token for each row of `logits` [R, V] (fp32), appended to its request. None: there is none (NOT_FINITE)."""
     likeliest, peaks = _argmax(logits)
     plain = [s.request.sampling.greedy and not s.is_adjusted and s.request.sampling.logprobs is None for s in states]
     rows = _host_rows(logits, [i for i, is_plain in enumerate(plain) if not is_plain])
     tokens: list[Token | None] = []
     for i, state in enumerate(states):
-        if not np.isfinite(peaks[i]):
-            tokens.append(None)
-        elif plain[i]:
-            tokens.append(_finish(state, int(likeliest[i]), None, max_model_len))
-        else:
-            token, logprobs = _choose(rows[i], state)
-            tokens.append(_finish(state, token, logprobs, max_model_len))
+        token: int | None = None
+        logprobs = None
+        if np.isfinite(peaks[i]):
+            token, logprobs = (int(likeliest[i]), None) if plain[i] else _choose(rows[i], state)
+        tokens.append(None if token is None else _finish(state, token, logprobs, max_model_len))
     return tokens
 
 
@@ -84,9 +83,11 @@ def _host_rows(logits: Tensor, wanted: list[int]) -> dict[int, Row]:
     return dict(zip(wanted, logits[wanted].cpu().numpy(), strict=True))
 
 
-def _choose(row: Row, state: RequestState) -> tuple[int, Logprobs | None]:
+def _choose(row: Row, state: RequestState) -> tuple[int | None, Logprobs | None]:
     sampling = state.request.sampling
     adjusted = _adjust(row, state) if state.is_adjusted else row
+    if not np.isfinite(adjusted.max()):
+        return None, None
     if sampling.greedy:
         token = int(adjusted.argmax())
     else:
