@@ -29,7 +29,7 @@ Row = NDArray[np.float32]  # [V]
 _CUTOFFS = (1e-3, 0.0)
 
 NOT_FINITE = (
-    "there is no token to draw: the logits are not finite numbers (the checkpoint or its dtype is unfit for this prompt, "
+    "no token can be drawn: the logits are not finite numbers (the checkpoint or its dtype is unfit for the prompt, "
     "or penalties, logit_bias and stop tokens leave nothing)"
 )
 
