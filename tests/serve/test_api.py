@@ -461,6 +461,7 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [[1], [10**9]]}, "prompt[1][0]", "no token"),
     ({"prompt": [[1], []]}, "prompt[1]", "empty"),
     ({"prompt": ["x"] * 3000}, "prompt", "3000"),
+    ({"prompt": ["x"] * 100, "n": 100}, "n", "10000 choices"),
     ({"prompt": [1] * 9000}, "prompt", "maximum context length is 8192 tokens. However, your prompt resulted in 9000"),
     ({"prompt": "hello " * 9000}, "prompt", "maximum context length is 8192"),
     ({"prompt": "x" * 1_000_000}, "prompt", "at least"),

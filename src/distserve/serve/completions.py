@@ -13,7 +13,7 @@ from distserve.serve.base import Generator
 from distserve.serve.choices import Answer, Choice
 from distserve.serve.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsFormat
 from distserve.serve.openai import ChatCompletionRequest, CompletionRequest, Generation
-from distserve.serve.prompts import Prompt, chat_prompt, text_prompts
+from distserve.serve.prompts import MAX_PROMPTS, Prompt, chat_prompt, text_prompts
 from distserve.serve.text import StopStrings, TextStream
 from distserve.serve.tokens import Tokenizer
 
@@ -80,6 +80,8 @@ class Completions:
             raise RequestError("max_tokens must be at least 1 (0 is for echo only)", param="max_tokens")
         special = body.add_special_tokens is not False
         prompts = await text_prompts(body.prompt, self.tokens, special, self.limit)
+        if (total := len(prompts) * (body.n or 1)) > MAX_PROMPTS:
+            raise RequestError(f"{total} choices are too many: n times prompts may be at most {MAX_PROMPTS}", param="n")
         answer = self._answer(body, f"cmpl-{request_id}", model, sum(len(prompt.ids) for prompt in prompts))
         for prompt in prompts:
             asked = 1 if silent else body.max_tokens
