@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WARM_KV = 64 << 20  # bytes of an instance's KV memory that are taken before the first request needs them
+
 BANNER = """
 distserve is ready at {url}  (model {model}; {instances})
 
@@ -169,6 +171,7 @@ async def _build(model: LoadedModel | None, config: InstanceConfig, progress: Ca
     executor = _executor(config, model, allocate)
     await executor.start(progress)
     (memory,) = memories
+    memory.touch(WARM_KV)
     size = executor.num_blocks
     knee = config.max_batch_tokens
     if knee is None and config.role is not Role.DECODE:

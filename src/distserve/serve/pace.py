@@ -7,7 +7,7 @@ another (`costs/`).
 from __future__ import annotations
 
 FIRST = 30.0  # seconds; before anything has been measured
-FLOOR = 1.0  # seconds; a step is never expected to be quicker than this
+FLOOR = 2.0  # seconds; on a busy machine any step, and any sign of life, may take as long as this
 SLACK = 4.0  # a step may take this many times the slowest pace seen lately
 FIXED = 32  # tokens; a step costs about as much as this many tokens before its first one
 FADE = 0.99  # a step: how fast a slow pace is forgotten

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from distserve.serve.messages import Fatal, Loading, Stop
+from distserve.serve.pace import FLOOR
 from distserve.serve.rpc import RemoteInstance
 from distserve.serve.spawn import Spawned, Spawner, StartError
 from distserve.serve.switchboard import Switchboard
@@ -66,7 +67,7 @@ class Supervisor:
                     0, f"died while it started (status {status})", usage=False
                 )
                 return
-            pause = FIRST_PAUSE if lived > HEALTHY else min(pause * 2, LONGEST_PAUSE)
+            pause = FIRST_PAUSE if lived > HEALTHY or not self.num_restarts else min(pause * 2, LONGEST_PAUSE)
             log.warning("%s ended (%s); restarting in %.2g s", self.remote.name, self._why or f"status {status}", pause)
             self.num_restarts += 1
             if self.on_restart is not None:
@@ -104,7 +105,7 @@ class Supervisor:
             return
         if remote.suspicious_at and now > remote.suspicious_at + MARGIN:
             self.fence(f"hung: its step is {now - remote.suspicious_at:.1f} s late")
-        elif now > remote.beat_at + BEAT + MARGIN:
+        elif now > remote.beat_at + BEAT + FLOOR + MARGIN:
             self.fence(f"hung: no sign of life for {now - remote.beat_at:.1f} s")
 
     def fence(self, why: str) -> None:
