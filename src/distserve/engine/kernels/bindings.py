@@ -116,6 +116,7 @@ class PackedWeight:
         kernels.pack(self._address, weight.data_ptr(), self._memory.data_ptr())
         self._linear, self._gather = kernels.linear, kernels.gather
         self._inputs = num_inputs
+        self.gated = gated
         self._width = num_outputs // 2 if gated else num_outputs
         self._mode = _MODES["gated" if gated else "bfloat16"]
 

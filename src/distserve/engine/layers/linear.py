@@ -14,14 +14,37 @@ from distserve.engine import kernels
 from distserve.engine.layers.activation import silu_mul
 
 
-def _pack(weight: nn.Parameter, bias: Tensor | None, gated: bool) -> kernels.PackedWeight | None:
-    """The packed form of a bf16 CPU weight, which is then emptied; None where nothing multiplies packed weights."""
+class Reordered:
+    """A weight in the order that oneDNN likes on this processor, so that it is not reordered at every call."""
+
+    gated = False
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._bias = bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return product
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.multiply(x).float()
+
+
+def _tiled(weight: nn.Parameter, bias: Tensor | None, gated: bool) -> kernels.PackedWeight | None:
+    """A bf16 CPU weight packed for our kernels; None where they do not multiply."""
     library = kernels.load() if weight.is_cpu and weight.dtype == torch.bfloat16 else None
     if library is None or not library.tiles:
         return None
-    packed = kernels.PackedWeight(library, weight.data.contiguous(), None if bias is None else bias.data, gated)
-    weight.data = torch.empty(0, dtype=weight.dtype)
-    return packed
+    return kernels.PackedWeight(library, weight.data.contiguous(), bias, gated)
+
+
+def _reordered(weight: nn.Parameter, bias: Tensor | None) -> Reordered | None:
+    """The next best: oneDNN, where it computes in bf16."""
+    if not (weight.is_cpu and weight.dtype == torch.bfloat16 and torch._C._has_mkldnn):
+        return None
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Reordered(weight.data, bias) if supported else None
 
 
 class Linear(nn.Module):
@@ -45,11 +68,14 @@ class Linear(nn.Module):
         self.bias = (
             nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
-        self.packed: kernels.PackedWeight | None = None
+        self.packed: kernels.PackedWeight | Reordered | None = None
 
     def pack(self) -> None:
         """Call once, after loading and moving to the device."""
-        self.packed = _pack(self.weight, self.bias, self._gated)
+        bias = None if self.bias is None else self.bias.data
+        self.packed = _tiled(self.weight, bias, self._gated) or _reordered(self.weight, bias)
+        if self.packed is not None:
+            self.weight.data = torch.empty(0, dtype=self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packed
@@ -101,7 +127,7 @@ class GatedLinear(MergedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         product = super().forward(x)
-        return product if self.packed is not None else silu_mul(product)  # packed: the activation is in the product
+        return product if self.packed is not None and self.packed.gated else silu_mul(product)
 
 
 class Embedding(nn.Module):
@@ -121,7 +147,9 @@ class Embedding(nn.Module):
 
     def pack(self) -> None:
         """Call once, after loading and moving to the device; pays where a tied head multiplies by this weight."""
-        self.packed = _pack(self.weight, None, False)
+        self.packed = _tiled(self.weight, None, False)
+        if self.packed is not None:
+            self.weight.data = torch.empty(0, dtype=self.weight.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.packed is not None:

@@ -1,0 +1,340 @@
+"""Layers: attention over pages, rotation, packed and tied weights; by kernels, by generic C and in plain torch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.engine import oracle
+from tests.engine.oracle import EPSILON, Paged, distance
+from torch import Tensor
+
+from distserve.engine import kernels
+from distserve.engine.kernels.build import build
+from distserve.engine.layers import (
+    Embedding,
+    GatedLinear,
+    Head,
+    Linear,
+    MergedLinear,
+    Rotary,
+    StepLayout,
+    add_rms_norm,
+    attention,
+    rms_norm,
+    rope_attention,
+    silu_mul,
+)
+from distserve.errors import ModelError
+
+HEADS = [(9, 3), (8, 8), (4, 1), (20, 1)]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+same_fixture = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=["tiles", "generic", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each way in which a layer can be computed on this machine."""
+    library = kernels.load()
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "load", lambda: None)
+        yield "torch"
+        return
+    if library is None:
+        pytest.skip("no kernels: no C compiler, or switched off")
+    if not library.tiles:
+        if request.param == "tiles":
+            pytest.skip("this processor has no AMX tiles")
+        yield "generic"
+        return
+    if request.param == "tiles":
+        yield "tiles"
+        return
+    loaded = ctypes.CDLL(str(build()))  # the same library: told to leave the tiles alone, and afterwards not to
+    generic = kernels.Kernels(loaded, allow_tiles=False)
+    monkeypatch.setattr(kernels, "load", lambda: generic)
+    yield "generic"
+    kernels.Kernels(loaded, allow_tiles=True)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check_attention(
+    shape: tuple[int, int, int], num_heads: int, dtype: torch.dtype, lens: list[tuple[int, int]], window: int | None
+) -> None:
+    """One step of sequences (tokens in the step, tokens in all) against fp64, the cache's new content included."""
+    num_kv_heads, dim, block_size = shape
+    counts, contexts = [n for n, _ in lens], [n for _, n in lens]
+    paged = Paged((num_kv_heads, dim, block_size), dtype, contexts)
+    past = paged.history(counts)
+    before = paged.layer.clone()
+    rope, scale = Rotary(dim, 10000.0, 1024), dim**-0.5
+    qkv = random(sum(counts), (num_heads + 2 * num_kv_heads) * dim, dtype=dtype, seed=3)
+    heads = qkv.clone().view(len(qkv), -1, dim)
+    got = rope_attention(qkv, rope, paged.layer, paged.step(counts), num_heads, num_kv_heads, scale, window)
+    got = got.view(-1, num_heads, dim)
+
+    for i, first in enumerate([0, *accumulate(counts)][:-1]):
+        positions = list(range(contexts[i] - counts[i], contexts[i]))
+        q, k, v = torch.split(heads[first : first + counts[i]], [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        new = torch.stack((oracle.rotated(rope, k, positions).to(dtype), v), dim=1)
+        for position, expected in zip(positions, new, strict=True):
+            slot = paged.slot(i, position)
+            assert distance(slot, expected) < 2 * EPSILON[dtype]
+            before[paged.tables[i][position // block_size], :, :, position % block_size] = slot
+        cache = torch.cat((past[i], new))
+        q = oracle.rotated(rope, q, positions).to(dtype)
+        wanted = oracle.attention(q, cache[:, 0], cache[:, 1], positions, scale, window)
+        assert distance(got[first : first + counts[i]], wanted) < TOLERANCE[dtype]
+    assert torch.equal(before.view(torch.uint8), paged.layer.view(torch.uint8)), "no other slot may change"
+
+
+lengths = st.tuples(st.integers(1, 40), st.integers(0, 560)).map(lambda n: (n[0], sum(n)))
+
+
+@same_fixture
+@given(
+    heads=st.sampled_from(HEADS),
+    dim=st.sampled_from([64, 80, 96, 128]),
+    block_size=st.sampled_from([16, 32, 64]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    lens=st.lists(st.one_of(lengths, st.integers(1, 600).map(lambda n: (1, n))), min_size=1, max_size=4),
+    window=st.sampled_from([None, 1, 50, 300]),
+)
+def test_attention_is_right(
+    path: str,
+    heads: tuple[int, int],
+    dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    lens: list[tuple[int, int]],
+    window: int | None,
+) -> None:
+    check_attention((heads[1], dim, block_size), heads[0], dtype, lens, window)
+
+
+@pytest.mark.parametrize("dim", [8, 24, 320])
+def test_unusual_head_sizes(path: str, dim: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check_attention((2, dim, 16), 6, dtype, [(1, 30), (20, 20)], None)
+
+
+def test_a_step_of_long_prompts(path: str) -> None:
+    check_attention((3, 64, 32), 9, torch.bfloat16, [(300, 300), (1, 7), (140, 400)], None)
+
+
+def test_a_sequence_without_tokens_in_the_step(path: str) -> None:
+    check_attention((3, 64, 32), 9, torch.bfloat16, [(1, 40), (0, 33), (5, 5)], None)
+
+
+def test_attention_without_rotation_is_the_same(path: str) -> None:
+    paged, other = (Paged((2, 64, 32), torch.bfloat16, [50, 70]) for _ in range(2))
+    for cache in (paged, other):
+        cache.history([10, 1])
+    q, k, v = random(11, 4, 64), random(11, 2, 64, seed=1), random(11, 2, 64, seed=2)
+    still = Rotary(64, 10000.0, 128)
+    still.cos.fill_(1)
+    still.sin.fill_(0)
+    fused = torch.cat((q, k, v), dim=1).view(11, -1)
+    step = paged.step([10, 1])
+    a = rope_attention(fused, still, other.layer, step, 4, 2, 0.125)
+    b = attention(q, k, v, paged.layer, step, 0.125)
+    assert torch.equal(a, b)
+    assert torch.equal(paged.layer.view(torch.uint8), other.layer.view(torch.uint8))
+
+
+# Whatever the batch and the pieces, the same bits
+
+
+exact = pytest.mark.parametrize("path", ["tiles", "generic"], indirect=True)  # plain torch promises no equal bits
+
+
+def in_pieces(
+    qkv: Tensor, pieces: list[int], shape: tuple[int, int, int], num_heads: int, window: int | None
+) -> Tensor:
+    num_kv_heads, dim, _ = shape
+    paged, rope, outs, done = Paged(shape, qkv.dtype, [len(qkv)]), Rotary(dim, 10000.0, 1024), [], 0
+    for count in pieces:
+        rows = qkv[done : done + count].clone()
+        done += count
+        step = StepLayout.build([count], [done], paged.tables, shape[2])
+        outs.append(rope_attention(rows, rope, paged.layer, step, num_heads, num_kv_heads, dim**-0.5, window))
+    return torch.cat(outs)
+
+
+@exact
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
+@pytest.mark.parametrize(("dim", "block_size", "window"), [(64, 32, None), (128, 16, 90), (80, 64, None)])
+def test_prompts_do_not_depend_on_their_pieces(
+    path: str, num_heads: int, num_kv_heads: int, dim: int, block_size: int, window: int | None
+) -> None:
+    qkv = random(290, (num_heads + 2 * num_kv_heads) * dim)
+    shape = (num_kv_heads, dim, block_size)
+    whole = in_pieces(qkv, [290], shape, num_heads, window)
+    for pieces in ([1] * 290, [128, 162], [100, 5, 1, 1, 183], [3] * 96 + [2]):
+        assert torch.equal(in_pieces(qkv, pieces, shape, num_heads, window), whole), pieces[:5]
+
+
+@exact
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequences_do_not_depend_on_their_batch(path: str, dtype: torch.dtype) -> None:
+    contexts = [1 + (i * 97) % 500 for i in range(32)]
+    together = Paged((3, 64, 32), dtype, contexts)
+    past, qkv, rope = together.history([1] * 32), random(32, 15 * 64, dtype=dtype), Rotary(64, 10000.0, 1024)
+    batch = rope_attention(qkv.clone(), rope, together.layer, together.step([1] * 32), 9, 3, 0.125)
+    for i in (0, 7, 31):
+        alone = Paged((3, 64, 32), dtype, [contexts[i]], seed=i)
+        for position, both in enumerate(past[i]):
+            alone.slot(0, position).copy_(both)
+        one = rope_attention(qkv[i : i + 1].clone(), rope, alone.layer, alone.step([1]), 9, 3, 0.125)
+        assert torch.equal(one[0], batch[i])
+
+
+@exact
+def test_attention_does_not_depend_on_threads(path: str) -> None:
+    qkv = random(200, 15 * 64)
+    alone = in_pieces(qkv, [150, 1, 49], (3, 64, 32), 9, None)
+    library = kernels.load()
+    assert library is not None
+    library.set_num_threads(2)
+    try:
+        assert torch.equal(in_pieces(qkv, [150, 1, 49], (3, 64, 32), 9, None), alone)
+    finally:
+        library.set_num_threads(1)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packing_changes_no_result(path: str, dtype: torch.dtype, bias: bool) -> None:
+    for layer in (
+        Linear(70, 50, bias, dtype=dtype),
+        MergedLinear(64, (32, 16, 16), bias, dtype=dtype),
+        GatedLinear(70, 40, bias, dtype=dtype),
+    ):
+        layer.weight.data.copy_(random(layer.out_features, layer.in_features))
+        if layer.bias is not None:
+            layer.bias.data.copy_(random(layer.out_features, seed=1))
+        x = random(9, layer.in_features, dtype=dtype, seed=2)
+        before = layer(x)
+        layer.pack()
+        assert distance(layer(x), before) < 1e-2
+        if path == "tiles" and dtype == torch.bfloat16:
+            assert layer.weight.numel() == 0, "the weight must not be kept twice"
+
+
+def test_parts_are_loaded_one_by_one() -> None:
+    layer = MergedLinear(8, (4, 2), bias=True)
+    layer.part(0).fill_(1)
+    layer.part(1).fill_(2)
+    layer.bias_part(1).fill_(3)
+    assert layer.weight.sum(1).tolist() == [8, 8, 8, 8, 16, 16]
+    assert layer.bias is not None
+    assert layer.bias.tolist() == [0, 0, 0, 0, 3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head(path: str, dtype: torch.dtype, tied: bool) -> None:
+    table, x = random(100, 48, dtype=dtype), random(5, 48, dtype=dtype, seed=1)
+    embedding = Embedding(100, 48, dtype=dtype)
+    head = Head(48, 100, tied=embedding if tied else None, dtype=dtype)
+    for weight in (embedding.weight, head.out.weight if head.out is not None else embedding.weight):
+        weight.data.copy_(table)
+    embedding.pack()
+    head.pack()
+    ids = torch.tensor([99, 0, 17], dtype=torch.int32)
+    assert torch.equal(embedding(ids), table[ids.long()])
+    logits = head.logits(x)
+    assert logits.dtype == torch.float32
+    assert distance(logits, x.double() @ table.double().T) < 2 * EPSILON[dtype]
+    assert not tied or not list(head.parameters()), "a tied head owns nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_norms_and_activation(path: str, dtype: torch.dtype) -> None:
+    x, weight, residual = random(7, 90, dtype=dtype), random(90, dtype=dtype, seed=1), random(7, 90, seed=2).float()
+    total = x.double() + residual.double()
+    wanted = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    got, stream = add_rms_norm(x, residual, weight, 1e-6)
+    assert got.dtype == dtype
+    assert stream.dtype == torch.float32
+    assert distance(stream, total) < 1e-6
+    assert distance(got, wanted) < 4e-3
+    assert distance(rms_norm(x, weight, 1e-6), F.rms_norm(x.double(), (90,), weight.double(), 1e-6)) < 4e-3
+    gate, up = x.double().chunk(2, -1)
+    assert distance(silu_mul(x), F.silu(gate) * up) < 4e-3
+
+
+# Positions
+
+
+def test_a_step_from_lists() -> None:
+    step = StepLayout.build([3, 1, 2], [3, 17, 34], [[5], [2, 9], [7, 1, 4]], 16)
+    assert step.positions.tolist() == [0, 1, 2, 16, 32, 33]
+    assert step.query_starts.tolist() == [0, 3, 4, 6]
+    assert step.block_tables.tolist() == [[5, 0, 0], [2, 9, 0], [7, 1, 4]]
+    assert step.slots.tolist() == [80, 81, 82, 144, 64, 65]
+    assert (step.max_query_len, step.max_context_len) == (3, 34)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_scaled_frequencies_equal_transformers(scaling: dict[str, object]) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {"rope_theta": 10000.0, **scaling}
+    config = LlamaConfig(
+        hidden_size=576, num_attention_heads=9, max_position_embeddings=1024, rope_parameters=parameters
+    )
+    frequencies, magnitude = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, "cpu")
+    angles = torch.arange(1024.0)[:, None] * frequencies
+    rope = Rotary(64, 10000.0, 1024, scaling)
+    assert torch.equal(rope.cos, angles.cos() * magnitude)
+    assert torch.equal(rope.sin, angles.sin() * magnitude)
+
+
+def test_scalings_that_cannot_be_served() -> None:
+    plain = Rotary(64, 10000.0, 512)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 512}
+    assert torch.equal(Rotary(64, 10000.0, 512, dynamic).cos, plain.cos)
+    with pytest.raises(ModelError, match="limit --max-model-len to 512"):
+        Rotary(64, 10000.0, 1024, dynamic)
+    with pytest.raises(ModelError, match="'longrope' is not supported"):
+        Rotary(64, 10000.0, 512, {"rope_type": "longrope"})
+
+
+def test_rotation_keeps_lengths_and_relative_angles() -> None:
+    rope = Rotary(64, 10000.0, 512)
+    q, k = random(1, 1, 64, dtype=torch.float32), random(1, 1, 64, dtype=torch.float32, seed=1)
+
+    def product(a: int, b: int) -> float:
+        turned = rope.rotate(q, torch.tensor([a])), rope.rotate(k, torch.tensor([b]))
+        return float((turned[0] * turned[1]).sum())
+
+    assert product(5, 3) == pytest.approx(product(405, 403), abs=1e-3)
+    assert float(rope.rotate(q, torch.tensor([77])).norm()) == pytest.approx(float(q.norm()), rel=1e-5)
