@@ -20,7 +20,7 @@ from distserve.sched.base import Scheduler
 from distserve.sched.blocks import BlockPool
 from distserve.sched.colocated import ChunkedScheduler
 from distserve.sched.decode import DecodeScheduler
-from distserve.sched.policy import ColocatedPolicy, DecodePolicy, PrefillPolicy
+from distserve.sched.policy import AdmissionPolicy, ColocatedPolicy, DecodePolicy, PrefillPolicy
 from distserve.sched.prefill import PrefillScheduler
 from distserve.sched.router import Router
 from distserve.serve.gateway import Gateway, GatewayLimits
@@ -75,6 +75,7 @@ class Rig:
         seconds: float = 0.0,
         lease: float = 5.0,
         limits: GatewayLimits | None = None,
+        admission: AdmissionPolicy | None = None,
     ) -> None:
         self.to_instance: Filter = once
         self.to_gateway: Filter = once
@@ -91,7 +92,8 @@ class Rig:
         self.telemetry = Telemetry("rig")
         remotes = [node.remote for node in self.nodes.values()]
         limits = limits or GatewayLimits(restart_deadline=5.0)
-        self.gateway = Gateway(remotes, Router(), self.telemetry, time.monotonic, max_model_len=512, limits=limits)
+        router = Router(admission)
+        self.gateway = Gateway(remotes, router, self.telemetry, time.monotonic, max_model_len=512, limits=limits)
         self._timer: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Rig:

@@ -6,12 +6,13 @@ import asyncio
 import random
 
 import pytest
-from tests.serve.rig import Rig, disaggregated
 
-from distserve.errors import InstanceError, RequestError, UnavailableError
+from distserve.errors import InstanceError, OverloadedError, RequestError, UnavailableError
 from distserve.plan import Role
+from distserve.sched.policy import AdmissionPolicy
 from distserve.serve.gateway import GatewayLimits
 from distserve.serve.messages import Abort, Audit, Release, Step, Submit
+from tests.serve.rig import Rig, disaggregated
 
 COLOCATED = {"colocated-0": Role.COLOCATED}
 
@@ -189,6 +190,39 @@ async def test_a_client_that_leaves_frees_everything_at_every_step() -> None:
         early = [leave_before(seed, 0.0005 * (seed % 40)) for seed in range(200)]
         await asyncio.gather(*early, *(leave_after(seed, 1 + seed % 20) for seed in range(100)))
         await rig.idle(1.0)  # within a second
+
+
+async def test_what_cannot_be_admitted_is_refused_at_once_with_a_computed_time() -> None:
+    async with Rig(disaggregated(), seconds=0.005, admission=AdmissionPolicy(max_requests=4)) as rig:
+        running = [asyncio.create_task(rig.answer(20, 40, seed)) for seed in range(4)]
+        await asyncio.sleep(0.02)
+        with pytest.raises(OverloadedError) as caught:
+            await rig.answer(20, 40)
+        assert 0 < caught.value.retry_after < 60
+        assert [len(answer) for answer in await asyncio.gather(*running)] == [40] * 4
+        assert len(await rig.answer(20, 4)) == 4
+        await rig.idle()
+
+
+async def test_the_door_closes_and_what_runs_goes_on() -> None:
+    async with Rig(disaggregated(), seconds=0.005) as rig:
+        running = asyncio.create_task(rig.answer(20, 40, 3))
+        await asyncio.sleep(0.02)
+        rig.gateway.close_door()
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await rig.answer(5, 5)
+        assert await running == await expected(20, 40, 3)
+
+
+async def test_drained_instances_take_no_new_work_and_finish_theirs() -> None:
+    async with Rig(disaggregated(1, 2), seconds=0.002) as rig:
+        running = [asyncio.create_task(rig.answer(20, 60, seed)) for seed in range(6)]
+        await asyncio.sleep(0.03)
+        async with asyncio.timeout(10):
+            await rig.nodes["decode-0"].remote.drain()
+        assert rig.nodes["decode-0"].remote.num_requests == 0
+        await asyncio.gather(*running)
+        await rig.idle()
 
 
 async def test_gives_up_after_so_many_attempts_and_says_why() -> None:
