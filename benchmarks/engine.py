@@ -27,9 +27,10 @@ import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 
 from benchmarks.export_demo import export
-from benchmarks.harness import OUT, Absent, Worker, describe, machine, median, report, say, table
+from benchmarks.harness import OUT, Absent, Worker, describe, machine, report, say, table
 from distserve.engine.hub import read_spec, resolve
 from distserve.specs import ModelSpec
 

@@ -26,8 +26,9 @@ import urllib.error
 import urllib.request
 
 from benchmarks import servers
-from benchmarks.harness import describe, machine, percentile, report, say, table
+from benchmarks.harness import describe, machine, report, say, table
 from benchmarks.load import body, closed_loop, open_loop, poisson, prompts
+from distserve.metrics import quantile
 
 SENTENCE = "the model reads what was asked and says one word after another until it has nothing more to say"
 WORDS = SENTENCE.split()
@@ -129,10 +130,10 @@ def main() -> None:
         say("long prompts")
         tokenize, refused = long_prompt(server)
     found = {
-        "ttft_p50": percentile(first, 0.5),
-        "ttft_p99": percentile(first, 0.99),
-        "client_p50": percentile(client, 0.5),
-        "client_p99": percentile(client, 0.99),
+        "ttft_p50": quantile(sorted(first), 0.5),
+        "ttft_p99": quantile(sorted(first), 0.99),
+        "client_p50": quantile(sorted(client), 0.5),
+        "client_p99": quantile(sorted(client), 0.99),
         "cpu_per_token_paced": paced,
         "cpu_per_token_32_streams": streamed,
         "tokenize_200kb": tokenize,

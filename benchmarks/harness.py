@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -66,7 +65,11 @@ class Worker:
             )
         os.close(writer)
         self._answers = os.fdopen(reader)
-        self._receive()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
 
     def _receive(self) -> object:
         line = self._answers.readline()
@@ -134,16 +137,6 @@ def describe(kind: dict[str, object]) -> str:
         f"{kind['date']}, {kind['processor']}, {kind['cores']} cores, {memory / 2**30:.0f} GiB, "
         f"{' '.join(extensions) or 'no wide bf16'}; load {kind['load']:.1f} when it began"
     )
-
-
-def median(values: Iterable[float]) -> float:
-    return statistics.median(values)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-int(share * len(ordered) * 1000) // 1000) - 1)]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

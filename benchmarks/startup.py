@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from statistics import median
 
 from benchmarks import servers
 from benchmarks.engine import demo_folder
-from benchmarks.harness import describe, machine, median, report, say, table
+from benchmarks.harness import describe, machine, report, say, table
 
 
 def starts(make: Callable[[], servers.Server], rounds: int) -> list[float]:
