@@ -73,11 +73,12 @@ def test_fp32_logits_equal_those_of_transformers(reference: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_fifty_varied_prompts_continue_as_with_transformers(reference: Any) -> None:
     """1 to 2,000 tokens, all at once in mixed batches, prompts in chunks. One pass of the reference over a prompt and
     our answer tells whether it would have chosen every token of it."""
     generator = torch.Generator().manual_seed(6)
-    lengths = [2000, 1000, *(int(300**u) for u in torch.rand(48, generator=generator).tolist())]
+    lengths = [2000, 500, *(int(200**u) for u in torch.rand(48, generator=generator).tolist())]
     prompts = [torch.randint(3, 49152, (n,), generator=generator).tolist() for n in lengths]
     model = load_model(DEMO, torch.float32, 4096)
     world = MiniScheduler(model, block_size=32, num_blocks=300, max_model_len=4096)
