@@ -16,6 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
+
 from tests.serve.live import COMMAND, Server, serving
 
 PAIRS = """

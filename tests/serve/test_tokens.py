@@ -15,7 +15,6 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.serve.small import SPECIAL, TEXT, make_folder
 from tokenizers import decoders, models, normalizers
 
 from distserve.errors import ModelError, RequestError
@@ -23,6 +22,7 @@ from distserve.request import FinishReason, Token
 from distserve.serve import gguf
 from distserve.serve.text import TextStream
 from distserve.serve.tokens import INLINE_CHARACTERS, Tokenizer, load_tokenizer
+from tests.serve.small import SPECIAL, TEXT, make_folder
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 DEMO = CACHE / "distserve" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
