@@ -23,6 +23,8 @@ SOURCES = (
     "linear.h",
     "attention.h",
     "attention_amx.h",
+    "attention_columns.h",
+    "attention_rows.h",
     "attention_plain.h",
     "pointwise.h",
 )
