@@ -26,8 +26,8 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from distserve.request import FinishReason, Request, SamplingParams, Token
-from distserve.serve.api import ApiOptions, build_app
-from distserve.serve.tokens import load_tokenizer
+from distserve.serve.http.api import ApiOptions, build_app
+from distserve.serve.http.tokens import load_tokenizer
 
 TARGET = 30e-6  # seconds of CPU per streamed token, receiving included
 

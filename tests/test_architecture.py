@@ -38,8 +38,8 @@ LAUNCHER = "serve.launch"  # the one module that may name implementations of eng
 # library: modules (or rooms) that may import it
 LIBRARIES = {
     "torch": {"engine", "transfer"},
-    "transformers": {"engine.weights", "serve.tokens"},
-    "pydantic": {"serve.openai"},
+    "transformers": {"engine.weights", "serve.http.tokens"},
+    "pydantic": {"serve.http.openai"},
     "fastapi": {"serve"},
     "starlette": {"serve"},
     "uvicorn": {"serve"},
@@ -224,7 +224,7 @@ def test_the_house_is_in_order(check: object) -> None:
     assert not found, "\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize("name", ["cli", "serve.launch", "serve.gateway", "serve.api"])
+@pytest.mark.parametrize("name", ["cli", "serve.launch", "serve.gateway", "serve.http.api"])
 def test_the_gateway_does_not_pay_for_torch(name: str) -> None:
     """Also not by way of a library: torch costs 200 MB and seconds in a process that never computes."""
     code = f"import sys, distserve.{name}; sys.exit('torch' in sys.modules)"

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from distserve.engine import hub
 from distserve.engine.models.base import build
 from distserve.engine.weights import load
-from distserve.serve.tokens import load_tokenizer
+from distserve.serve.http.tokens import load_tokenizer
 
 
 def test_names() -> None:

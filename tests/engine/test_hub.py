@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import zipfile
@@ -98,3 +99,12 @@ def test_the_gateway_can_import_it_cheaply() -> None:
     code = "import sys, distserve.engine.hub; print([m for m in ('torch', 'transformers', 'gguf') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_checkpoint_may_say_how_it_wants_to_be_sampled(tmp_path: Path) -> None:
+    assert hub.sampling_defaults(tmp_path) == {}
+    asked = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2, "top_k": None}
+    (tmp_path / "generation_config.json").write_text(json.dumps(asked))
+    assert hub.sampling_defaults(tmp_path) == {"temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**asked, "do_sample": False}))
+    assert hub.sampling_defaults(tmp_path) == {}

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from openai import OpenAI
-
-from distserve.engine import hub
-from distserve.serve.tokens import load_tokenizer
 from tests.engine.test_demo import reference  # noqa: F401  # the fixture: a plain transformers model of the same weights
 from tests.serve.live import Server, serving
+
+from distserve.engine import hub
+from distserve.serve.http.tokens import load_tokenizer
 
 pytestmark = [
     pytest.mark.skipif(not hub.demo_path().exists(), reason="the demo model is not here; `make setup` fetches it"),
@@ -90,16 +90,15 @@ def test_seeded_sampling_is_the_same_however_it_is_deployed(deployment: Server) 
 
 def test_the_real_client_talks_to_the_real_model(tmp_path: Path) -> None:
     """bfloat16, as `make demo` serves it."""
-    question = [{"role": "user", "content": "What is the capital of France?"}]
+    fixed: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+        "max_tokens": 16,
+    }
     with serving(tmp_path) as server, OpenAI(base_url=server.url + "/v1", api_key="none") as client:
-        answer = client.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=16)  # type: ignore[arg-type]
-        assert "Paris" in (answer.choices[0].message.content or "")
-        pieces = client.chat.completions.create(
-            model=MODEL,
-            messages=question,
-            temperature=0,
-            max_tokens=16,
-            stream=True,  # type: ignore[arg-type]
-        )
-        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == answer.choices[0].message.content
+        answer = client.chat.completions.create(**fixed).choices[0].message.content
+        assert "Paris" in answer
+        pieces = client.chat.completions.create(**fixed, stream=True)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == answer
         assert server.total("distserve:handoffs_total") == 2

@@ -6,13 +6,13 @@ import asyncio
 import random
 
 import pytest
+from tests.serve.rig import Rig, disaggregated
 
 from distserve.errors import InstanceError, OverloadedError, RequestError, UnavailableError
 from distserve.plan import Role
 from distserve.sched.policy import AdmissionPolicy
 from distserve.serve.gateway import GatewayLimits
 from distserve.serve.messages import Abort, Audit, Release, Step, Submit
-from tests.serve.rig import Rig, disaggregated
 
 COLOCATED = {"colocated-0": Role.COLOCATED}
 

@@ -16,7 +16,6 @@ import httpx
 import openai
 import psutil
 import pytest
-
 from tests.serve.live import COMMAND, Server, serving
 
 PAIRS = """

@@ -62,6 +62,17 @@ def read_spec(path: Path) -> ModelSpec:
     )
 
 
+def sampling_defaults(path: Path) -> dict[str, float]:
+    """What the checkpoint's generation_config.json asks to sample with where a request does not say."""
+    generation = path / "generation_config.json"
+    if not path.is_dir() or not generation.exists():
+        return {}
+    config = _read_json(generation)
+    known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {key: config[key] for key in known if isinstance(config.get(key), int | float)}
+    return {} if config.get("do_sample") is False else found
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distserve.plan import Plan, Policy, Role, default_plan
@@ -91,14 +92,15 @@ def _event_loop() -> Callable[..., None]:
 async def _serve(
     options: ServeOptions, names: Sequence[str], path: str, spec: ModelSpec, found: list[Start], listener: socket.socket
 ) -> None:
+    from distserve.engine import hub
     from distserve.sched.policy import AdmissionPolicy
     from distserve.sched.router import Router
-    from distserve.serve.api import ApiOptions, build_app
     from distserve.serve.fleet import Fleet
     from distserve.serve.gateway import Gateway
+    from distserve.serve.http.api import ApiOptions, build_app
+    from distserve.serve.http.tokens import load_tokenizer
     from distserve.serve.server import LoadingDisplay, Server
     from distserve.serve.telemetry import Telemetry
-    from distserve.serve.tokens import load_tokenizer
 
     display = LoadingDisplay([start.name for start in found])
     telemetry = Telemetry(names[0])
@@ -117,6 +119,7 @@ async def _serve(
             root=path,
             api_keys=options.api_keys,
             metrics=telemetry.render,
+            sampling_defaults=hub.sampling_defaults(Path(path)),
         )
         server = Server(build_app(gateway, tokenizer, api), listener, fleet, gateway, options.shutdown_timeout)
         await server.run(_banner(options, names[0], found, listener), display)

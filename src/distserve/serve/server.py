@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -118,6 +119,8 @@ class Server:
             display.close()
             if ready.done():
                 ready.result()
+                gc.collect()
+                gc.freeze()  # what is here now stays; collections need not look at it again
                 print(banner, file=sys.stderr, flush=True)
                 await asyncio.wait((leave, http), return_when=asyncio.FIRST_COMPLETED)
             await self._drain()

@@ -14,7 +14,6 @@ import tempfile
 
 from distserve.errors import PullError
 
-
 MADV_POPULATE_WRITE = 23  # not in the mmap module yet
 
 

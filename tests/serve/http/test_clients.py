@@ -12,13 +12,13 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI
+from tests.serve.http.fakes import FakeGenerator
+from tests.serve.http.web import listening, make_app
 
 from distserve.errors import InstanceError, OverloadedError
 from distserve.request import FinishReason
-from distserve.serve.api import ApiOptions
-from distserve.serve.tokens import Tokenizer
-from tests.serve.fakes import FakeGenerator
-from tests.serve.web import listening, make_app
+from distserve.serve.http.api import ApiOptions
+from distserve.serve.http.tokens import Tokenizer
 
 ANSWER = "The quick brown fox jumps over the lazy dog. 😀 Größe"
 USER: Any = [{"role": "user", "content": "hello"}]

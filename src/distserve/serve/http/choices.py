@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from distserve.request import FinishReason, Request, Token
-from distserve.serve.logprobs import LogprobsFormat
-from distserve.serve.text import TextStream
+from distserve.serve.http.logprobs import LogprobsFormat
+from distserve.serve.http.text import TextStream
 
 
 @dataclass(slots=True)

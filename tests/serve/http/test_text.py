@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distserve.request import FinishReason, Token
-from distserve.serve.text import StopSearch, StopStrings, TextStream, Utf8
+from distserve.serve.http.text import StopSearch, StopStrings, TextStream, Utf8
 
 BYTES = [bytes([byte]) for byte in range(256)]  # a vocabulary of single bytes: token id = byte
 few_letters = st.text(alphabet="ab😀é", max_size=40)  # so that stop strings occur, overlap and almost occur

@@ -18,8 +18,8 @@ from typing import Any
 import tokenizers
 
 from distserve.errors import ModelError, RequestError
-from distserve.serve import gguf
-from distserve.serve.template import ChatTemplate, Message
+from distserve.serve.http import gguf
+from distserve.serve.http.template import ChatTemplate, Message
 
 INLINE_CHARACTERS = 8192  # texts up to here (about 3 ms) are tokenized on the event loop, longer ones in a thread
 

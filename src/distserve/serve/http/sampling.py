@@ -9,9 +9,9 @@ from typing import Any
 
 from distserve.errors import RequestError
 from distserve.request import MAX_LOGPROBS, SamplingParams
-from distserve.serve.openai import ChatCompletionRequest, CompletionRequest, Generation
-from distserve.serve.prompts import too_long
-from distserve.serve.text import StopStrings
+from distserve.serve.http.openai import ChatCompletionRequest, CompletionRequest, Generation
+from distserve.serve.http.prompts import too_long
+from distserve.serve.http.text import StopStrings
 
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024  # of one stop string

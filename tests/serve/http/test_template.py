@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distserve.errors import ModelError, RequestError
-from distserve.serve.template import ChatTemplate
+from distserve.serve.http.template import ChatTemplate
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be <brief> & kind."},

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from distserve.request import Logprobs
-from distserve.serve.text import Utf8
+from distserve.serve.http.text import Utf8
 
 _LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say (OpenAI's and vLLM's choice)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.serve.http.fakes import FakeGenerator
+from tests.serve.http.web import in_process, make_app
 
 from distserve.errors import InstanceError, InstanceGone, OverloadedError, RequestError, UnavailableError
 from distserve.request import FinishReason, SamplingParams
-from distserve.serve.api import ApiOptions
-from distserve.serve.tokens import Tokenizer
-from tests.serve.fakes import FakeGenerator
-from tests.serve.web import in_process, make_app
+from distserve.serve.http.api import ApiOptions
+from distserve.serve.http.tokens import Tokenizer
 
 ANSWER = "The quick brown fox jumps over the lazy dog."
 CHAT = "/v1/chat/completions"

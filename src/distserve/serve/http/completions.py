@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 from distserve.errors import RequestError
 from distserve.request import Request, SamplingParams
-from distserve.serve import sampling
 from distserve.serve.base import Generator
-from distserve.serve.choices import Answer, Choice
-from distserve.serve.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsFormat
-from distserve.serve.openai import ChatCompletionRequest, CompletionRequest, Generation
-from distserve.serve.prompts import MAX_PROMPTS, Prompt, chat_prompt, text_prompts
-from distserve.serve.text import StopStrings, TextStream
-from distserve.serve.tokens import Tokenizer
+from distserve.serve.http import sampling
+from distserve.serve.http.choices import Answer, Choice
+from distserve.serve.http.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsFormat
+from distserve.serve.http.openai import ChatCompletionRequest, CompletionRequest, Generation
+from distserve.serve.http.prompts import MAX_PROMPTS, Prompt, chat_prompt, text_prompts
+from distserve.serve.http.text import StopStrings, TextStream
+from distserve.serve.http.tokens import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from distserve.errors import DistserveError, RequestError
-from distserve.serve.answer import AnswerResponse
 from distserve.serve.base import Generator
-from distserve.serve.completions import Completions
-from distserve.serve.edge import REQUEST_ID, Edge
-from distserve.serve.openai import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from distserve.serve.prompts import chat_prompt, text_prompts
-from distserve.serve.refusals import invalid_body, refusal
-from distserve.serve.tokens import Tokenizer
+from distserve.serve.http.answer import AnswerResponse
+from distserve.serve.http.completions import Completions
+from distserve.serve.http.edge import REQUEST_ID, Edge
+from distserve.serve.http.openai import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from distserve.serve.http.prompts import chat_prompt, text_prompts
+from distserve.serve.http.refusals import invalid_body, refusal
+from distserve.serve.http.tokens import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

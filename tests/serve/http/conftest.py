@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tests.serve.http.small import make_tokenizer
 
-from distserve.serve.tokens import Tokenizer
-from tests.serve.small import make_tokenizer
+from distserve.serve.http.tokens import Tokenizer
 
 
 @pytest.fixture(scope="session")

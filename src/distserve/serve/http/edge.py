@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distserve.errors import RequestError
-from distserve.serve.answer import BODY_SEND, write_refusal
+from distserve.serve.http.answer import BODY_SEND, write_refusal
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})  # probes and scrapers bring no key
 REQUEST_ID = "distserve.request_id"  # key in the ASGI scope

@@ -18,10 +18,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from distserve.errors import DistserveError, InstanceError
-from distserve.serve import sse
 from distserve.serve.base import Generator
-from distserve.serve.choices import Answer, Choice
-from distserve.serve.refusals import refusal
+from distserve.serve.http import sse
+from distserve.serve.http.choices import Answer, Choice
+from distserve.serve.http.refusals import refusal
 
 _log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.serve.http.small import SPECIAL, TEXT, make_folder
 from tokenizers import decoders, models, normalizers
 
 from distserve.errors import ModelError, RequestError
 from distserve.request import FinishReason, Token
-from distserve.serve import gguf
-from distserve.serve.text import TextStream
-from distserve.serve.tokens import INLINE_CHARACTERS, Tokenizer, load_tokenizer
-from tests.serve.small import SPECIAL, TEXT, make_folder
+from distserve.serve.http import gguf
+from distserve.serve.http.text import TextStream
+from distserve.serve.http.tokens import INLINE_CHARACTERS, Tokenizer, load_tokenizer
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 DEMO = CACHE / "distserve" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -128,8 +128,8 @@ def test_the_demo_models_ids_and_chats_are_those_of_transformers(demo: Tokenizer
 def test_the_demo_models_tokenizer_loads_quickly_small_and_without_torch(demo: Tokenizer) -> None:
     script = (
         "import sys, time; begun = time.process_time()\n"
-        "from distserve.serve.tokens import load_tokenizer\n"
-        "import distserve.serve.api\n"
+        "from distserve.serve.http.tokens import load_tokenizer\n"
+        "import distserve.serve.http.api\n"
         f"load_tokenizer({str(DEMO)!r})\n"
         "resident = next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]\n"
         "print(time.process_time() - begun, int(resident) * 1024)\n"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distserve.errors import RequestError
-from distserve.serve.openai import ChatMessage, ChatPrompt, TokenizeRequest
-from distserve.serve.tokens import Tokenizer
+from distserve.serve.http.openai import ChatMessage, ChatPrompt, TokenizeRequest
+from distserve.serve.http.tokens import Tokenizer
 
 MAX_PROMPTS = 2048  # of one completion request
 

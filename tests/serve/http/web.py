@@ -11,9 +11,9 @@ import httpx
 import uvicorn
 from starlette.types import ASGIApp
 
-from distserve.serve.api import ApiOptions, build_app
 from distserve.serve.base import Generator
-from distserve.serve.tokens import Tokenizer
+from distserve.serve.http.api import ApiOptions, build_app
+from distserve.serve.http.tokens import Tokenizer
 
 MODELS = ("small", "alias")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from distserve.serve.choices import Answer, Choice
+from distserve.serve.http.choices import Answer, Choice
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
