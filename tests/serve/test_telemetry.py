@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -46,3 +48,11 @@ def test_one_token_has_no_time_per_output_token() -> None:
     telemetry = Telemetry("model")
     telemetry.observe_end(FinishReason.LENGTH, num_prompt=10, num_output=1, latency=2.0, after_first=0.0)
     assert scrape(telemetry)["vllm:request_time_per_output_token_seconds_count", ""] == 0
+
+
+def test_every_metric_is_documented() -> None:
+    page = Path("docs/reference/metrics.md").read_text()
+    families = text_string_to_metric_families(Telemetry("model").render()[0].decode())
+    names = {family.name + ("_total" if family.type == "counter" else "") for family in families}
+    named = set(re.findall(r"`((?:vllm|distserve):\w+)", page))
+    assert named == names

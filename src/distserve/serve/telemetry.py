@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -78,6 +78,7 @@ class Telemetry:
     """Every metric of the server, in a registry of its own (two servers in one process do not collide)."""
 
     def __init__(self, model_name: str) -> None:
+        disable_created_metrics()  # a second series for each, which no dashboard reads
         self.registry = CollectorRegistry()
         self.model = model_name
         self._instances()
