@@ -13,7 +13,7 @@ prompts, the same for all.
   greedy steps of the whole batch; a round's figure is the mean of its 8. One untimed round goes before.
 - prefill, n tokens: in each round every contender in turn computes a prompt it has not seen, from ids to the first
   token. One untimed round goes before.
-- what is compared are medians over the rounds; the spread in the JSON is (worst - best) / median.
+- figures are medians over the rounds; ratios are medians of each round's own ratio. The JSON has every round.
 - limits: memory bandwidth and bf16 matrix rate of the core (`benchmarks/engine_limits.py`), measured in the same run;
   the best of all rounds. Our share of them: a batch-1 step must read every weight once and the context's KV; a
   512-token prompt needs 2 operations per weight and token (the embedding's and, but for the last token, the head's
@@ -133,6 +133,11 @@ def prefill_operations(spec: ModelSpec, tokens: int) -> int:
     return 2 * (spec.num_parameters - head) * tokens + attention + 2 * head
 
 
+def ratio(times: Times, peer: str) -> float:
+    """How many times as fast as `peer` we are: the median of the rounds' own ratios, for neighbours share the weather."""
+    return median(theirs / ours for theirs, ours in zip(times[peer], times[US], strict=True))
+
+
 def row(label: str, times: Times, tokens: int, absent: dict[str, str]) -> list[str]:
     """tokens per second of each contender, and ours over each peer's."""
     cells = [label]
@@ -142,7 +147,7 @@ def row(label: str, times: Times, tokens: int, absent: dict[str, str]) -> list[s
         else:
             cells.append(f"{tokens / median(times[name]):,.1f}" if name in times else "not asked")
     for peer in (HF, VLLM):
-        cells.append(f"{median(times[peer]) / median(times[US]):.2f}x" if peer in times else "-")
+        cells.append(f"{ratio(times, peer):.2f}x" if peer in times else "-")
     cells.append(f"{1e3 * median(times[US]):.1f}")
     return cells
 
