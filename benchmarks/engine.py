@@ -14,10 +14,10 @@ prompts, the same for all.
 - prefill, n tokens: in each round every contender in turn computes a prompt it has not seen, from ids to the first
   token. One untimed round goes before.
 - figures are medians over the rounds; ratios are medians of each round's own ratio. The JSON has every round.
-- limits: memory bandwidth and bf16 matrix rate of the core (`benchmarks/engine_limits.py`), measured in the same run;
-  the best of all rounds. Our share of them: a batch-1 step must read every weight once and the context's KV; a
-  512-token prompt needs 2 operations per weight and token (the embedding's and, but for the last token, the head's
-  excepted), and causal attention's.
+- of the limit: memory bandwidth and bf16 matrix rate of the core (`benchmarks/engine_limits.py`) are measured in every
+  round too. A decode step must read every weight and the batch's KV once; a prompt needs 2 operations per weight and
+  token (the embedding's and, but for the last token, the head's excepted), and causal attention's. The share is that
+  least time over ours.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ DECODE = [(batch, context) for context in (256, 1024) for batch in (1, 8, 32)]
 PREFILL = [128, 512, 2048]
 STEPS = 8  # decode steps of one round
 US, HF, VLLM = "distserve", "transformers", "vLLM"
+LIMIT = "limit"  # stands among the contenders: what the core could do at best
 Times = dict[str, list[float]]  # by contender: seconds of a step or a prompt, one per round
 
 
@@ -78,51 +79,59 @@ def vllm(folder: Path, core: int, python: str | None) -> Worker:
 class Course:
     """One run: the points, and who is measured on them."""
 
-    def __init__(self, workers: dict[str, Worker], limits: Worker, rounds: int, vocab: int) -> None:
+    def __init__(self, workers: dict[str, Worker], limits: Worker, rounds: int, spec: ModelSpec) -> None:
         self.workers = workers
         self.limits = limits
         self.rounds = rounds
         self.random = random.Random(0)
-        self.vocab = vocab
+        self.spec = spec
         self.bandwidths: list[float] = []
         self.gemms: list[float] = []
 
     def prompt(self, tokens: int) -> list[int]:
-        return [self.random.randrange(self.vocab) for _ in range(tokens)]
+        return [self.random.randrange(self.spec.vocab_size) for _ in range(tokens)]
 
-    def _limits(self) -> None:
+    def _memory_floor(self, nbytes: float) -> float:
+        """Seconds in which the core, as it is now, can read so many bytes."""
         self.bandwidths.append(self.limits.seconds("bandwidth"))
+        return nbytes / self.bandwidths[-1]
+
+    def _compute_floor(self, operations: float) -> float:
         self.gemms.append(self.limits.seconds("gemm"))
+        return operations / self.gemms[-1]
 
     def decode(self, batch: int, context: int) -> Times:
         prompts = [self.prompt(context) for _ in range(batch)]
         for worker in self.workers.values():
             worker.ask("open", prompts=prompts)
-        times: Times = {name: [] for name in self.workers}
+        times: Times = {name: [] for name in (*self.workers, LIMIT)}
         for turn in range(self.rounds + 1):
             for name, worker in self.workers.items():
                 seconds = worker.seconds("steps", count=STEPS) / STEPS
                 if turn:
                     times[name].append(seconds)
-        self._limits()
+            if turn:
+                reached = context + turn * STEPS + STEPS // 2
+                times[LIMIT].append(self._memory_floor(decode_bytes(self.spec, batch, reached)))
         return times
 
     def prefill(self, tokens: int) -> Times:
-        times: Times = {name: [] for name in self.workers}
+        times: Times = {name: [] for name in (*self.workers, LIMIT)}
         for turn in range(self.rounds + 1):
             prompt = self.prompt(tokens)
             for name, worker in self.workers.items():
                 seconds = worker.seconds("prefill", prompt=prompt)
                 if turn:
                     times[name].append(seconds)
-        self._limits()
+            if turn:
+                times[LIMIT].append(self._compute_floor(prefill_operations(self.spec, tokens)))
         return times
 
 
-def decode_bytes(spec: ModelSpec, context: int) -> int:
-    """What a batch-1 step in bf16 has to read: every weight once (a tied embedding serves as the head), and the KV."""
+def decode_bytes(spec: ModelSpec, batch: int, context: int) -> int:
+    """What a step in bf16 has to read: every weight once (a tied embedding serves as the head), and the batch's KV."""
     assert spec.tied_embeddings, "an embedding of its own is not read whole"
-    return spec.weight_bytes("bfloat16") + spec.kv_layout(32, "bfloat16").token_bytes * context
+    return spec.weight_bytes("bfloat16") + spec.kv_layout(32, "bfloat16").token_bytes * batch * context
 
 
 def prefill_operations(spec: ModelSpec, tokens: int) -> int:
@@ -134,7 +143,7 @@ def prefill_operations(spec: ModelSpec, tokens: int) -> int:
 
 
 def ratio(times: Times, peer: str) -> float:
-    """How many times as fast as `peer` we are: the median of the rounds' own ratios, for neighbours share the weather."""
+    """How many times as fast as `peer` we are: the median of the rounds' own ratios (neighbours share the weather)."""
     return median(theirs / ours for theirs, ours in zip(times[peer], times[US], strict=True))
 
 
@@ -148,7 +157,7 @@ def row(label: str, times: Times, tokens: int, absent: dict[str, str]) -> list[s
             cells.append(f"{tokens / median(times[name]):,.1f}" if name in times else "not asked")
     for peer in (HF, VLLM):
         cells.append(f"{ratio(times, peer):.2f}x" if peer in times else "-")
-    cells.append(f"{1e3 * median(times[US]):.1f}")
+    cells += [f"{ratio(times, LIMIT):.0%}", f"{1e3 * median(times[US]):.1f}"]
     return cells
 
 
@@ -160,7 +169,7 @@ def run(core: int, rounds: int, quick: bool, vllm_python: str | None) -> tuple[d
     with ExitStack() as stack:
         limits = stack.enter_context(Worker("benchmarks.engine_limits", core=core))
         workers, absent = contenders(stack, core, vllm_python)
-        course = Course(workers, limits, rounds, spec.vocab_size)
+        course = Course(workers, limits, rounds, spec)
         decoded: dict[tuple[int, int], Times] = {}
         for batch, context in decodes:
             say(f"decode, batch {batch}, context {context}")
@@ -169,16 +178,10 @@ def run(core: int, rounds: int, quick: bool, vllm_python: str | None) -> tuple[d
         for tokens in prefills:
             say(f"prefill, {tokens} tokens")
             prefilled[tokens] = course.prefill(tokens)
-    header = ["tokens/s", US, HF, VLLM, f"/ {HF}", f"/ {VLLM}", "ours, ms"]
+    header = ["tokens/s", US, HF, VLLM, f"/ {HF}", f"/ {VLLM}", "of the limit", "ours, ms"]
     rows = [row(f"decode b{b}, context {c}", times, b, absent) for (b, c), times in decoded.items()]
     rows += [row(f"prefill {n}", times, n, absent) for n, times in prefilled.items()]
-    bandwidth, gemm = max(course.bandwidths), max(course.gemms)
-    decode_floor = decode_bytes(spec, 256 + STEPS * (rounds + 1) // 2) / bandwidth
-    prefill_floor = prefill_operations(spec, 512) / gemm
-    shares = {
-        "decode b1, context 256": decode_floor / median(decoded[1, 256][US]),
-        "prefill 512": prefill_floor / median(prefilled[512][US]),
-    }
+    bandwidth, gemm = median(course.bandwidths), median(course.gemms)
     text = "\n".join(
         [
             describe(kind),
@@ -186,8 +189,7 @@ def run(core: int, rounds: int, quick: bool, vllm_python: str | None) -> tuple[d
             "",
             table(header, rows),
             "",
-            f"The core reads {bandwidth / 1e9:.1f} GB/s and multiplies bf16 at {gemm / 1e9:,.0f} GFLOP/s. Our share:",
-            *(f"- {point}: {share:.0%}" for point, share in shares.items()),
+            f"Limits: the core reads {bandwidth / 1e9:.1f} GB/s and multiplies bf16 at {gemm / 1e9:,.0f} GFLOP/s.",
         ]
     )
     data: dict[str, object] = {
@@ -198,7 +200,6 @@ def run(core: int, rounds: int, quick: bool, vllm_python: str | None) -> tuple[d
         "absent": absent,
         "bandwidth": bandwidth,
         "gemm": gemm,
-        "share_of_limit": shares,
     }
     return data, text
 

@@ -43,8 +43,8 @@ def test_poisson_moments_have_the_rate_and_repeat() -> None:
 
 def test_the_limits_count_what_a_step_must_do() -> None:
     spec = hub.read_spec(hub.resolve("demo"))
-    assert engine.decode_bytes(spec, 0) == pytest.approx(269e6, rel=0.01)
-    per_token = engine.decode_bytes(spec, 1) - engine.decode_bytes(spec, 0)
+    assert engine.decode_bytes(spec, 1, 0) == pytest.approx(269e6, rel=0.01)
+    per_token = engine.decode_bytes(spec, 1, 1) - engine.decode_bytes(spec, 1, 0)
     assert per_token == 30 * 2 * 3 * 64 * 2, "30 layers of keys and values, 3 heads of 64 bf16 numbers each"
     linear = 2 * 106_168_320 * 512  # two operations per weight of the layers' matrices, and token
     assert engine.prefill_operations(spec, 512) == pytest.approx(linear * 1.08, rel=0.02)
