@@ -19,7 +19,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "distserve"
 
 ENTRIES = {"__init__", "__main__", "cli"}  # where users come in: they may import anything, and nobody imports them
-NOUNS = {"errors", "request", "specs", "workload", "traces", "plan", "placement", "metrics"}
+NOUNS = {"errors", "gguf_head", "request", "specs", "workload", "traces", "plan", "placement", "metrics"}
 
 # room: (rooms and modules it may import beside itself and the nouns it may use, those nouns)
 ROOMS: Final = {

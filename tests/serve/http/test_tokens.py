@@ -240,9 +240,9 @@ def test_damaged_and_unknown_gguf_files_say_what_is_wrong(tmp_path: Path) -> Non
     whole = file.read_bytes()
     cases: list[tuple[bytes, str]] = [
         (b"PK\x03\x04" + whole[4:], "not a GGUF file"),
-        (whole[: len(whole) // 2], "is the download complete"),
+        (whole[: len(whole) // 2], "fetch it again"),
         (b"GGUF" + struct.pack("<I", 9) + whole[8:], "version 9"),
-        (whole[:16] + struct.pack("<Q", 1 << 60) + whole[24:], "is the download complete"),
+        (whole[:16] + struct.pack("<Q", 1 << 60) + whole[24:], "fetch it again"),
     ]
     for content, said in cases:
         file.write_bytes(content)

@@ -1,22 +1,16 @@
-"""The metadata of a GGUF file, and the tokenizer that it describes; knows no tensors.
-
-Only the head of the file is read (the `gguf` package maps every string of the vocabulary to numpy arrays: 6 s for
-49,152 tokens where this takes a tenth of a second). Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-"""
+"""The tokenizer that a GGUF file's metadata describes; knows no tensors."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from distserve.errors import ModelError
+from distserve.gguf_head import read_head
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # kinds of token in `tokenizer.ggml.token_type`
 
 _LLAMA3 = (
@@ -49,43 +43,8 @@ PRE_TOKENIZERS = {
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Every key of the file's head. Raises `ModelError` where it is no GGUF file or ends too early."""
-    try:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ModelError(
-                    f"{path} is not a GGUF file: it does not begin with 'GGUF'; convert or download it again"
-                )
-            version, _, num_keys = struct.unpack("<IQQ", file.read(20))
-            if version not in (2, 3):
-                raise ModelError(f"{path} has GGUF version {version}; versions 2 and 3 can be read: convert it again")
-            return {_read_string(file): _read_value(file) for _ in range(num_keys)}
-    except (OSError, struct.error, MemoryError, OverflowError) as error:
-        raise ModelError(f"{path} cannot be read as GGUF ({error}): is the download complete?") from error
-
-
-def _read_string(file: BinaryIO) -> str:
-    (size,) = struct.unpack("<Q", file.read(8))
-    return file.read(size).decode("utf-8", "replace")
-
-
-def _read_value(file: BinaryIO) -> Any:
-    (kind,) = struct.unpack("<I", file.read(4))
-    if kind != _ARRAY:
-        return _read_array(file, kind, 1)[0]
-    kind, count = struct.unpack("<IQ", file.read(12))
-    return _read_array(file, kind, count)
-
-
-def _read_array(file: BinaryIO, kind: int, count: int) -> list[Any]:
-    if kind == _STRING:
-        return [_read_string(file) for _ in range(count)]
-    if kind == _ARRAY:
-        return [_read_value(file) for _ in range(count)]
-    if kind not in _SCALARS:
-        raise ModelError(f"GGUF metadata of kind {kind} is unknown: the file is damaged or newer than this program")
-    code = f"<{count}{_SCALARS[kind]}"
-    return list(struct.unpack(code, file.read(struct.calcsize(code))))
+    """Every key of the file's head, the vocabulary included. Raises `ModelError`."""
+    return read_head(path, arrays=True).metadata
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
