@@ -135,6 +135,17 @@ def test_a_sequence_without_tokens_in_the_step(path: str) -> None:
     check_attention((3, 64, 32), 9, torch.bfloat16, [(1, 40), (0, 33), (5, 5)], None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_rise_and_fall_by_hundreds(path: str, dtype: torch.dtype) -> None:
+    """Early chunks fade to nothing beside later ones, and later ones beside earlier."""
+    paged, count = Paged((2, 64, 32), dtype, [400]), 400
+    q, v = random(count, 4, 64, dtype=dtype), random(count, 2, 64, dtype=dtype, seed=2)
+    k = random(count, 2, 64, seed=1).float() * (torch.arange(count) / 40).sin()[:, None, None] * 40
+    k = k.to(dtype)
+    got = attention(q, k, v, paged.layer, paged.step([count]), 0.125).view(count, 4, 64)
+    assert distance(got, oracle.attention(q, k, v, list(range(count)), 0.125, None)) < 4 * TOLERANCE[dtype]
+
+
 def test_attention_without_rotation_is_the_same(path: str) -> None:
     paged, other = (Paged((2, 64, 32), torch.bfloat16, [50, 70]) for _ in range(2))
     for cache in (paged, other):
@@ -172,11 +183,20 @@ def in_pieces(
 
 @exact
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
-@pytest.mark.parametrize(("dim", "block_size", "window"), [(64, 32, None), (128, 16, 90), (80, 64, None)])
+@pytest.mark.parametrize(
+    ("dim", "block_size", "window", "dtype"),
+    [
+        (64, 32, None, torch.bfloat16),
+        (128, 16, 90, torch.bfloat16),
+        (80, 64, None, torch.bfloat16),
+        (64, 32, None, torch.float32),
+        (24, 16, 140, torch.float32),
+    ],
+)
 def test_prompts_do_not_depend_on_their_pieces(
-    path: str, num_heads: int, num_kv_heads: int, dim: int, block_size: int, window: int | None
+    path: str, num_heads: int, num_kv_heads: int, dim: int, block_size: int, window: int | None, dtype: torch.dtype
 ) -> None:
-    qkv = random(290, (num_heads + 2 * num_kv_heads) * dim)
+    qkv = random(290, (num_heads + 2 * num_kv_heads) * dim, dtype=dtype)
     shape = (num_kv_heads, dim, block_size)
     whole = in_pieces(qkv, [290], shape, num_heads, window)
     for pieces in ([1] * 290, [128, 162], [100, 5, 1, 1, 183], [3] * 96 + [2]):
@@ -199,8 +219,9 @@ def test_sequences_do_not_depend_on_their_batch(path: str, dtype: torch.dtype) -
 
 
 @exact
-def test_attention_does_not_depend_on_threads(path: str) -> None:
-    qkv = random(200, 15 * 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_does_not_depend_on_threads(path: str, dtype: torch.dtype) -> None:
+    qkv = random(200, 15 * 64, dtype=dtype)
     alone = in_pieces(qkv, [150, 1, 49], (3, 64, 32), 9, None)
     library = kernels.load()
     assert library is not None
@@ -209,6 +230,19 @@ def test_attention_does_not_depend_on_threads(path: str) -> None:
         assert torch.equal(in_pieces(qkv, [150, 1, 49], (3, 64, 32), 9, None), alone)
     finally:
         library.set_num_threads(1)
+
+
+@exact
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_a_number_stays_so(path: str, dtype: torch.dtype) -> None:
+    """A broken key reaches the tokens that see it and no others."""
+    paged = Paged((2, 64, 32), dtype, [200])
+    q, k, v = random(200, 4, 64, dtype=dtype), random(200, 2, 64, dtype=dtype), random(200, 2, 64, dtype=dtype, seed=2)
+    k[150, 1, 3] = float("nan")
+    got = attention(q, k, v, paged.layer, paged.step([200]), 0.125).view(200, 2, 2, 64)
+    assert got[150:, 1].isnan().all()
+    assert not got[:150].isnan().any()
+    assert not got[:, 0].isnan().any()
 
 
 # Weights

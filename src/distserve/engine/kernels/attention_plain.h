@@ -1,6 +1,7 @@
 /* Rotation, cache writes and attention in plain C, for any head size and any processor. Included once per number format,
- * with NUMBER, LOAD, STORE and NAME defined.
+ * with NUMBER, LOAD, STORE and NAME defined; what needs no format is in attention_vectors.h.
  */
+#include "attention_vectors.h"
 
 static void NAME(rotate)(NUMBER *restrict x, const float *restrict cosines, const float *restrict sines, int64_t half) {
     for (int64_t i = 0; i < half; i++) {
@@ -30,72 +31,90 @@ static void NAME(write_token)(const Call *c, int64_t token) {
     }
 }
 
-/* a . b with sixteen running sums: the same order whatever the vector width. */
-static float NAME(dot)(const float *restrict a, const NUMBER *restrict b, int64_t width) {
-    float sums[16] = {0};
-    const int64_t whole = width / 16 * 16;
-    for (int64_t i = 0; i < whole; i += 16)
-        for (int lane = 0; lane < 16; lane++) sums[lane] += a[i + lane] * LOAD(b[i + lane]);
-    for (int64_t i = whole; i < width; i++) sums[i - whole] += a[i] * LOAD(b[i]);
-    for (int half = 8; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
-    return sums[0];
+static inline const NUMBER *NAME(key_at)(const Layer *l, const Span *s, int64_t key) {
+    const uint32_t block = (uint32_t)key / (uint32_t)l->block_size, token = (uint32_t)key % (uint32_t)l->block_size;
+    return (const NUMBER *)s->keys + s->table[block] * l->block_stride + token * l->head_dim;
 }
 
-/* One row over one chunk of keys [from, to), all of them seen. state: reference, sum, then the weighted values. */
-static void NAME(attend_chunk)(const Layer *l, const Span *s, const float *q, int64_t from, int64_t to,
-                               float *restrict state) {
-    const int64_t dim = l->head_dim;
-    float scores[CHUNK], *restrict values = state + 2, top = NOTHING;
-    for (int64_t key = from; key < to; key++) {
-        const int64_t at = s->table[key / l->block_size] * l->block_stride + key % l->block_size * dim;
-        const float score = NAME(dot)(q, (const NUMBER *)s->keys + at, dim);
-        scores[key - from] = score;
-        top = MAX(top, score);
+/* Four keys, `dim` apart, into four columns of a panel. */
+static inline void NAME(turn_keys)(const NUMBER *restrict from, int64_t dim, float *restrict to) {
+    const int64_t whole = dim / 4 * 4;
+    for (int64_t d = 0; d < whole; d += 4, to += 4 * PANEL) {
+        const Four a = NAME(load_four)(from + d), b = NAME(load_four)(from + dim + d);
+        const Four c = NAME(load_four)(from + 2 * dim + d), e = NAME(load_four)(from + 3 * dim + d);
+        const Four ab = SHUFFLE(a, b, 0, 4, 1, 5), AB = SHUFFLE(a, b, 2, 6, 3, 7);
+        const Four ce = SHUFFLE(c, e, 0, 4, 1, 5), CE = SHUFFLE(c, e, 2, 6, 3, 7);
+        *(Four *)to = SHUFFLE(ab, ce, 0, 1, 4, 5);
+        *(Four *)(to + PANEL) = SHUFFLE(ab, ce, 2, 3, 6, 7);
+        *(Four *)(to + 2 * PANEL) = SHUFFLE(AB, CE, 0, 1, 4, 5);
+        *(Four *)(to + 3 * PANEL) = SHUFFLE(AB, CE, 2, 3, 6, 7);
     }
-    if (top > state[0] + LAZY) {
-        const float shrink = exp2_plain(state[0] - top);
-        state[0] = top;
-        state[1] *= shrink;
-        for (int64_t i = 0; i < dim; i++) values[i] *= shrink;
+    for (int64_t d = whole; d < dim; d++, to += PANEL)
+        for (int key = 0; key < 4; key++) to[key] = LOAD(from[key * dim + d]);
+}
+
+/* Keys and values of a chunk onto the board, asking memory for the next chunk's meanwhile. Slots that no row sees may
+ * hold NaN: their scores are never read, their values count as zero. */
+static void NAME(unpack)(const Layer *l, const Span *s, const Board *b, int64_t chunk) {
+    const int64_t dim = b->dim, first = MAX(chunk, s->first_key), end = MIN(chunk + CHUNK, s->end_key);
+    memset(b->values, 0, (size_t)((first - chunk) * b->width) * sizeof(float));
+    for (int64_t key = first / 4 * 4; key < end; key += 4) {
+        const int64_t column = key - chunk, after = key + CHUNK < s->end_key ? key + CHUNK : key;
+        const NUMBER *keys = NAME(key_at)(l, s, key), *next_keys = NAME(key_at)(l, s, after);
+        const NUMBER *values = keys + l->value_offset, *next_values = next_keys + l->value_offset;
+        NAME(turn_keys)(keys, dim, b->keys + column / PANEL * PANEL * dim + column % PANEL);
+        for (int64_t i = 0; i < 4; i++) {
+            for (int64_t d = 0; d < dim; d += 64 / (int64_t)sizeof(NUMBER)) {
+                __builtin_prefetch(next_keys + i * dim + d, 0, 2);
+                __builtin_prefetch(next_values + i * dim + d, 0, 2);
+            }
+            if (key + i < first || key + i >= end) continue;
+            float *restrict to = b->values + (column + i) * b->width;
+            const NUMBER *restrict value = values + i * dim;
+            for (int64_t d = 0; d < dim; d++) to[d] = LOAD(value[d]);
+        }
     }
-    for (int64_t key = from; key < to; key++) {
-        const int64_t at = s->table[key / l->block_size] * l->block_stride + key % l->block_size * dim;
-        const NUMBER *restrict value = (const NUMBER *)s->values + at;
-        const float p = exp2_plain(scores[key - from] - state[0]);
-        state[1] += p;
-        for (int64_t i = 0; i < dim; i++) values[i] += p * LOAD(value[i]);
+}
+
+static void NAME(load_queries)(const Call *c, const Task *t, const Span *s, const Board *b) {
+    const float scale = (float)(c->layer->scale * 1.4426950408889634);
+    for (int64_t i = 0; i < b->rows; i++) {
+        const int64_t row = t->first + i, token = s->start + row / s->group, head = t->head * s->group + row % s->group;
+        const NUMBER *restrict q = (const NUMBER *)c->q + token * c->q_stride + head * b->dim;
+        float *restrict to = b->queries + i * b->dim;
+        for (int64_t d = 0; d < b->dim; d++) to[d] = LOAD(q[d]) * scale;
+    }
+}
+
+static void NAME(write_out)(const Call *c, const Task *t, const Span *s, const Board *b) {
+    for (int64_t i = 0; i < b->rows; i++) {
+        const int64_t row = t->first + i, token = s->start + row / s->group, head = t->head * s->group + row % s->group;
+        NUMBER *restrict to = (NUMBER *)c->out + (token * c->layer->num_heads + head) * b->dim;
+        const float *restrict out = b->out + i * b->width;
+        const float sum = sum_of(b, i);
+        for (int64_t d = 0; d < b->dim; d++) to[d] = STORE(out[d] / sum);
     }
 }
 
 static void NAME(attend)(const Call *c, const Task *t) {
     const Layer *l = c->layer;
     const Span s = span_of(c, t, sizeof(NUMBER));
-    const int64_t rows = t->last - t->first, dim = l->head_dim, width = 2 * dim + 2;
-    const float scale = (float)(l->scale * 1.4426950408889634);
-    float *memory = scratch((size_t)(rows * width) * sizeof(float));
-    for (int64_t i = 0; i < rows; i++) {
-        const int64_t row = t->first + i, token = s.start + row / s.group, head = t->head * s.group + row % s.group;
-        const NUMBER *q = (const NUMBER *)c->q + token * c->q_stride + head * dim;
-        float *state = memory + i * width;
-        memset(state, 0, (size_t)width * sizeof(float));
-        state[0] = NOTHING;
-        for (int64_t j = 0; j < dim; j++) state[2 + dim + j] = LOAD(q[j]) * scale;
-    }
-    for (int64_t chunk = s.first_key / CHUNK * CHUNK; chunk < s.end_key; chunk += CHUNK)
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t position = s.positions[(t->first + i) / s.group];
-            const int64_t from = l->window ? MAX(chunk, position - l->window + 1) : chunk;
-            const int64_t to = MIN(chunk + CHUNK, position + 1);
-            float *state = memory + i * width;
-            if (from < to) NAME(attend_chunk)(l, &s, state + 2 + dim, from, to, state);
+    const Board b = lay_board(t->last - t->first, l->head_dim);
+    NAME(load_queries)(c, t, &s, &b);
+    for (int64_t chunk = s.first_key / CHUNK * CHUNK; chunk < s.end_key; chunk += CHUNK) {
+        NAME(unpack)(l, &s, &b, chunk);
+        for (int64_t row = 0; row < b.rows; row += ROWS) {
+            const int64_t rows = MIN(ROWS, b.rows - row);
+            int64_t from[ROWS], to[ROWS];
+            for (int64_t i = 0; i < rows; i++) {
+                const int64_t position = s.positions[(t->first + row + i) / s.group] - chunk;
+                from[i] = l->window ? MAX(0, position - l->window + 1) : 0;
+                to[i] = MIN(CHUNK, position + 1);
+            }
+            if (from[0] < CHUNK && to[rows - 1] > 0) attend_rows(&b, row, rows, from, to);
         }
-    for (int64_t i = 0; i < rows; i++) {
-        const int64_t row = t->first + i, token = s.start + row / s.group, head = t->head * s.group + row % s.group;
-        NUMBER *to = (NUMBER *)c->out + (token * l->num_heads + head) * dim;
-        const float *state = memory + i * width;
-        for (int64_t j = 0; j < dim; j++) to[j] = STORE(state[2 + j] / state[1]);
     }
+    NAME(write_out)(c, t, &s, &b);
 }
 
 #undef NUMBER

@@ -26,6 +26,7 @@ SOURCES = (
     "attention_columns.h",
     "attention_rows.h",
     "attention_plain.h",
+    "attention_vectors.h",
     "pointwise.h",
 )
 _COMMON = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
