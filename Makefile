@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # Kernels are compiled and demo weights fetched where the code for it exists; both are cached outside the tree.
 KERNELS := $(wildcard src/distserve/engine/kernels/*.c src/distserve/engine/kernels/*.py)
 HUB := $(wildcard src/distserve/engine/hub.py)
+PEER := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench docs clean
@@ -31,12 +32,12 @@ format: $(VENV)/.installed ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## every benchmark that needs no peer installed (docs/measurements.md tells how to add peers)
-	$(BIN)/python -m benchmarks.engine --quick
+bench: setup ## every benchmark; VLLM_PYTHON=path/to/python adds vLLM's column (docs/measurements.md tells how to get one)
+	$(BIN)/python -m benchmarks.engine $(PEER)
 	$(BIN)/python -m benchmarks.gateway
 	$(BIN)/python -m benchmarks.handoff
-	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.memory $(PEER)
+	$(BIN)/python -m benchmarks.startup $(PEER)
 
 docs: ## check that links between the documents, and to files of the tree, resolve
 	$(BIN)/python -m pytest -q tests/test_repository.py
