@@ -59,9 +59,10 @@ EXPORT int64_t ds_gather(const Packed *w, const int64_t *ids, int64_t count, bf1
 #ifdef HAVE_AMX
 
 /* Rows of x are multiplied with all weights before the next ones, and with a group of units before the next group: so
- * many bytes of each stay in the second-level cache, and outputs are written some hundred bytes side by side. */
+ * many bytes of each stay in the second-level cache, next to the following group, and outputs are written some hundred
+ * bytes side by side. */
 #define CACHED_ROWS (640 << 10)
-#define CACHED_UNITS (832 << 10)
+#define CACHED_UNITS (512 << 10)
 
 /* Prefetching a straight line of memory page after page keeps one hardware stream busy; eight pages at once keep eight,
  * and read 1.5 times as fast. So the next 32 KB are asked for, sixteen lines of each page in turn, while these are used.
@@ -78,6 +79,16 @@ static inline __attribute__((always_inline)) void prefetch_step(const bf16 *at) 
             _mm_prefetch((const char *)(group + page * 4096 + line + i * 64), _MM_HINT_T0);
 }
 
+/* Many rows use a group of units many times: meanwhile the next group is asked for, `lines` at every step. */
+typedef struct {
+    const char *next;
+    int64_t lines;
+} Ahead;
+
+static inline __attribute__((always_inline)) void prefetch_ahead(Ahead *ahead) {
+    for (int64_t i = 0; i < ahead->lines; i++, ahead->next += 64) _mm_prefetch(ahead->next, _MM_HINT_T1);
+}
+
 typedef struct {
     const Packed *w;
     int64_t steps;
@@ -85,48 +96,18 @@ typedef struct {
     int64_t mode, out_stride; /* in elements */
 } Product;
 
+/* A block of sums, [rows][32], on its way through the epilogue. */
+typedef struct {
+    const float *sums;
+    int64_t rows, written, at; /* `at`: where the next row goes, in elements */
+    __mmask16 mask0, mask1;
+    __m512 bias0, bias1;
+} Pending;
+
 /* Tiles: 0, 1 sums of the first sixteen rows, 2, 3 of the second; 4, 5 those rows of x; 6, 7 weights. */
 static inline void configure_product(int first_rows, int second_rows) {
     const uint8_t a = (uint8_t)first_rows, b = (uint8_t)second_rows;
     configure_tiles((const uint8_t[8]){a, a, b, b, a, b, 16, 16});
-}
-
-/* 32 (or, `rows` <= 16, 16) rows of x times one unit -> sums [32][32]. `b`: the unit's weights. */
-static inline void multiply_unit(const bf16 *x, int64_t stride, int rows, const bf16 *b, int64_t steps, float *sums,
-                                 int first_use) {
-    const bf16 *low = x, *high = x + 16 * stride;
-    const size_t bytes = (size_t)stride * 2;
-    BEFORE_TILE_LOAD();
-    _tile_zero(0);
-    _tile_zero(1);
-    if (rows <= 16) {
-        for (int64_t step = 0; step < steps; step++, b += 1024, low += 32) {
-            if (first_use) prefetch_step(b);
-            _tile_loadd(4, low, bytes);
-            _tile_loadd(6, b, 64);
-            _tile_loadd(7, b + 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-    } else {
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t step = 0; step < steps; step++, b += 1024, low += 32, high += 32) {
-            if (first_use) prefetch_step(b);
-            _tile_loadd(4, low, bytes);
-            _tile_loadd(6, b, 64);
-            _tile_loadd(7, b + 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, high, bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(2, sums + 512, 128);
-        _tile_stored(3, sums + 528, 128);
-    }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
 }
 
 static inline __mmask16 lanes(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
@@ -135,43 +116,106 @@ static inline __m512 load_bias(const bf16 *bias, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias)), 16));
 }
 
-/* sums [rows][32] of one unit, plus bias, through the epilogue, to rows `row`.. of the output. */
-static inline void write_unit(const Product *p, int64_t unit, int64_t row, int rows, const float *sums) {
+/* The sums of `rows` rows from `row` on and one unit, not written yet. */
+static inline Pending pending(const Product *p, int64_t unit, int64_t row, int64_t rows, const float *sums) {
     const Packed *w = p->w;
     const int64_t width = w->gated ? w->num_outputs / 2 : w->num_outputs;
     const int64_t first = w->gated ? unit * 16 : unit * 32;
-    const __mmask16 mask0 = lanes(width - first), mask1 = w->gated ? mask0 : lanes(width - first - 16);
-    __m512 bias0 = _mm512_setzero_ps(), bias1 = bias0;
+    Pending n = {.sums = sums, .rows = rows, .at = row * p->out_stride + first, .mask0 = lanes(width - first)};
+    n.mask1 = w->gated ? n.mask0 : lanes(width - first - 16);
+    n.bias0 = n.bias1 = _mm512_setzero_ps();
     if (w->bias) {
-        bias0 = load_bias(w->bias + first, mask0);
-        bias1 = load_bias(w->bias + first + (w->gated ? width : 16), mask1);
+        n.bias0 = load_bias(w->bias + first, n.mask0);
+        n.bias1 = load_bias(w->bias + first + (w->gated ? width : 16), n.mask1);
     }
-    for (int i = 0; i < rows; i++) {
-        const __m512 a = _mm512_add_ps(_mm512_load_ps(sums + i * 32), bias0);
-        const __m512 b = _mm512_add_ps(_mm512_load_ps(sums + i * 32 + 16), bias1);
-        const int64_t at = (row + i) * p->out_stride + first;
-        if (p->mode == OUT_GATED) {
+    return n;
+}
+
+/* The next rows of sums, to `end`, plus bias, through the epilogue, to the output. */
+static inline __attribute__((always_inline)) void write_sums(const Product *p, int64_t mode, Pending *n, int64_t end) {
+    for (end = MIN(end, n->rows); n->written < end; n->written++, n->at += p->out_stride) {
+        const float *sums = n->sums + n->written * 32;
+        const __m512 a = _mm512_add_ps(_mm512_load_ps(sums), n->bias0);
+        const __m512 b = _mm512_add_ps(_mm512_load_ps(sums + 16), n->bias1);
+        if (mode == OUT_GATED) {
             const __m256bh y = _mm512_cvtneps_pbh(_mm512_mul_ps(silu_16(a), b));
-            _mm256_mask_storeu_epi16((bf16 *)p->out + at, mask0, (__m256i)y);
-        } else if (p->mode == OUT_BF16) {
+            _mm256_mask_storeu_epi16((bf16 *)p->out + n->at, n->mask0, (__m256i)y);
+        } else if (mode == OUT_BF16) {
             const __m512i y = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-            _mm512_mask_storeu_epi16((bf16 *)p->out + at, (__mmask32)mask0 | (__mmask32)mask1 << 16, y);
+            _mm512_mask_storeu_epi16((bf16 *)p->out + n->at, (__mmask32)n->mask0 | (__mmask32)n->mask1 << 16, y);
         } else {
-            _mm512_mask_storeu_ps((float *)p->out + at, mask0, a);
-            _mm512_mask_storeu_ps((float *)p->out + at + 16, mask1, b);
+            _mm512_mask_storeu_ps((float *)p->out + n->at, n->mask0, a);
+            _mm512_mask_storeu_ps((float *)p->out + n->at + 16, n->mask1, b);
         }
     }
 }
 
-/* `count` <= 32 rows of x from `row` on times units [first, last). */
-static void multiply_rows(const Product *p, const bf16 *x, int64_t stride, int64_t row, int64_t count, int64_t first,
-                          int64_t last, int first_use) {
-    float sums[1024] __attribute__((aligned(64)));
+/* Asks for the lines that these rows of a unit's outputs will be written to: stores wait for them one by one. */
+static inline __attribute__((always_inline)) void prefetch_outputs(const Product *p, int64_t mode, int64_t unit,
+                                                                   int64_t row, int64_t count) {
+    const int64_t itemsize = mode == OUT_F32 ? 4 : 2, first = unit * (mode == OUT_GATED ? 16 : 32);
+    const char *at = (const char *)p->out + (row * p->out_stride + first) * itemsize;
+    for (int64_t i = 0; i < count; i++, at += p->out_stride * itemsize) __builtin_prefetch(at, 1);
+}
+
+/* `count` <= 32 rows of x from `row` on times units [first, last). While the tiles multiply one unit, the vector units
+ * write the one before. */
+static inline __attribute__((always_inline)) void multiply_rows(const Product *p, int64_t mode, const bf16 *x,
+                                                                int64_t stride, int64_t row, int64_t count,
+                                                                int64_t first, int64_t last, int first_use,
+                                                                Ahead *ahead) {
+    float sums[2][1024] __attribute__((aligned(64)));
+    const int64_t steps = p->steps, share = CEIL_DIV(32, steps);
+    const size_t bytes = (size_t)stride * 2;
+    const bf16 *b = p->w->weight + first * steps * 1024;
+    Pending before = {.rows = 0};
+    BEFORE_TILE_LOAD();
     for (int64_t unit = first; unit < last; unit++) {
-        const bf16 *b = p->w->weight + unit * p->steps * 1024;
-        multiply_unit(x + row * stride, stride, (int)count, b, p->steps, sums, first_use);
-        write_unit(p, unit, row, (int)count, sums);
+        const bf16 *low = x + row * stride, *high = low + 16 * stride;
+        float *to = sums[unit % 2];
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t step = 0; step < steps; step++, b += 1024, low += 32, high += 32) {
+            if (first_use) prefetch_step(b);
+            else prefetch_ahead(ahead);
+            _tile_loadd(4, low, bytes);
+            if (first_use) {
+                _tile_loadd(6, b, 64);
+                _tile_loadd(7, b + 512, 64);
+            } else { /* past the first-level cache, which so keeps the rows of x */
+                _tile_stream_loadd(6, b, 64);
+                _tile_stream_loadd(7, b + 512, 64);
+            }
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (count > 16) {
+                _tile_loadd(5, high, bytes);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            write_sums(p, mode, &before, (step + 1) * share);
+            prefetch_outputs(p, mode, unit, row + step * share, MIN(share, count - step * share));
+        }
+        _tile_stored(0, to, 128);
+        _tile_stored(1, to + 16, 128);
+        if (count > 16) {
+            _tile_stored(2, to + 512, 128);
+            _tile_stored(3, to + 528, 128);
+        }
+        BEFORE_TILE_LOAD();
+        before = pending(p, unit, row, count, to);
     }
+    write_sums(p, mode, &before, 32);
+}
+
+/* As `multiply_rows`, with each form of the epilogue compiled for itself. */
+static void multiply(const Product *p, const bf16 *x, int64_t stride, int64_t row, int64_t count, int64_t first,
+                     int64_t last, int first_use, Ahead *ahead) {
+    if (p->mode == OUT_GATED) multiply_rows(p, OUT_GATED, x, stride, row, count, first, last, first_use, ahead);
+    else if (p->mode == OUT_BF16) multiply_rows(p, OUT_BF16, x, stride, row, count, first, last, first_use, ahead);
+    else multiply_rows(p, OUT_F32, x, stride, row, count, first, last, first_use, ahead);
 }
 
 /* Rows [row, row + rows) of x times units [first, last). */
@@ -179,12 +223,16 @@ static void multiply_block(const Product *p, const bf16 *x, int64_t stride, int6
                            int64_t last) {
     const int64_t group = MAX(1, CACHED_UNITS / (p->steps * 2048)), whole = rows / 32 * 32, rest = rows - whole;
     if (whole) configure_product(16, 16);
-    for (int64_t unit = first; unit < last && whole; unit += group)
+    for (int64_t unit = first; unit < last && whole; unit += group) {
+        const int64_t end = MIN(unit + group, last);
+        Ahead ahead = {(const char *)(p->w->weight + end * p->steps * 1024), CEIL_DIV(32 * 32, whole)};
         for (int64_t i = 0; i < whole; i += 32)
-            multiply_rows(p, x, stride, row + i, 32, unit, MIN(unit + group, last), i == 0);
+            multiply(p, x, stride, row + i, 32, unit, end, whole == 32, &ahead);
+    }
     if (rest) {
+        Ahead ahead = {NULL, 0};
         configure_product((int)MIN(rest, 16), (int)MAX(rest - 16, 1));
-        multiply_rows(p, x, stride, row + whole, rest, first, last, whole == 0);
+        multiply(p, x, stride, row + whole, rest, first, last, whole == 0, &ahead);
     }
 }
 
@@ -194,7 +242,8 @@ EXPORT void ds_linear(const Packed *w, const bf16 *x, int64_t stride, int64_t ro
                       int64_t mode) {
     if (rows <= 0) return;
     const Product product = {w, CEIL_DIV(w->num_inputs, 32), out, mode, out_stride};
-    const int64_t units = packed_units(w), most = MAX(32, CACHED_ROWS / (product.steps * 64) / 32 * 32);
+    const int64_t units = packed_units(w), blocks = CEIL_DIV(rows * product.steps * 64, CACHED_ROWS);
+    const int64_t most = CEIL_DIV(CEIL_DIV(rows, blocks), 32) * 32;
     bf16 *padded = NULL;
     if (w->num_inputs % 32) { /* tiles read whole steps: the rest of a row must be there, and must be no NaN */
         const int64_t width = product.steps * 32;
