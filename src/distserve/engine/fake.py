@@ -45,14 +45,15 @@ class FakeModel:
     max_model_len: int = 8192
     layout: KVLayout = TINY_LAYOUT
     seconds: Callable[[Batch], float] = lambda batch: 0.0  # how long a batch takes
+    writes_kv: bool = True  # False: only time passes, for measuring what is around the engine
     # How many tokens a request's answer has where nothing cuts it short: its last is then an end-of-sequence token.
     num_output: Callable[[Request], int] = lambda request: request.sampling.max_tokens + 1
 
 
 def parse_fake(model: str) -> FakeModel:
-    """`fake:step=0.005,token=0.0001,output=50`: seconds a step and a token of it, tokens of an answer. Its tokens are
-    those of the demo model's vocabulary."""
-    settings = {"step": 0.0, "token": 0.0, "output": math.inf}
+    """`fake:step=0.005,token=0.0001,output=50,verify=0`: seconds a step and a token of it, tokens of an answer, whether
+    KV is written and checked. Its tokens are those of the demo model's vocabulary."""
+    settings = {"step": 0.0, "token": 0.0, "output": math.inf, "verify": 1.0}
     for item in filter(None, model.partition(":")[2].split(",")):
         key, _, value = item.partition("=")
         if key not in settings:
@@ -65,7 +66,7 @@ def parse_fake(model: str) -> FakeModel:
     def num_output(request: Request) -> int:
         return int(min(settings["output"], request.sampling.max_tokens + 1))
 
-    return FakeModel(vocab_size=49_152, seconds=seconds, num_output=num_output)
+    return FakeModel(vocab_size=49_152, seconds=seconds, num_output=num_output, writes_kv=bool(settings["verify"]))
 
 
 @dataclass(slots=True)
@@ -135,7 +136,8 @@ class FakeExecutor:
         result = EngineResult(seconds=seconds)
         for sequence, count in batch.items:
             known = self._known[sequence.id]
-            self._write(sequence, known, sequence.num_computed + count)
+            if self._model.writes_kv:
+                self._write(sequence, known, sequence.num_computed + count)
             if sequence.num_computed + count == len(known.tokens):
                 result.tokens[sequence.id] = self._next_token(known)
         return result

@@ -174,30 +174,25 @@ class Gateway:
 
     async def _attempt(self, request: Request) -> AsyncGenerator[list[Token], None]:
         first = await self._pick_first(request)
-        if first.role is not Role.PREFILL:
-            stream = first.decode(request, None)
-            try:
-                async for tokens in stream:
-                    yield tokens
-            finally:
-                stream.close()
-            return
-        handoff = await first.prefill(request)
-        if handoff.handle is None:
-            yield [handoff.token]
-            return
-        async with aclosing(self._decode(request, handoff.token, handoff.handle, first)) as decoding:
-            async for tokens in decoding:
+        stream = first.prefill(request) if first.role is Role.PREFILL else first.decode(request, None)
+        over = False
+        try:
+            async for tokens in stream:
                 yield tokens
+            over = True
+        finally:
+            if not over:
+                stream.close()
+        if stream.handle is not None:
+            async with aclosing(self._decode(request, stream.handle, first)) as decoding:
+                async for tokens in decoding:
+                    yield tokens
 
-    async def _decode(
-        self, request: Request, first: Token, handle: KVHandle, prefill: Instance
-    ) -> AsyncGenerator[list[Token], None]:
+    async def _decode(self, request: Request, handle: KVHandle, prefill: Instance) -> AsyncGenerator[list[Token], None]:
         """Offers the KV to decode instances until one has pulled it; whoever pulled it decodes it. However this ends,
         KV that was not pulled is given back."""
         pulled = False
         try:
-            yield [first]
             while True:
                 decoder = await self._pick_decode(request)
                 try:

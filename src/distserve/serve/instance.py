@@ -98,9 +98,11 @@ class InstanceLoop:
 
     def _clear(self) -> None:
         self._events: list[Event] = []
+        self._handles: list[KVHandle] = []
         self._pulled: list[Name] = []
         self._failures: list[Failure] = []
         self._timings: list[Timing] = []
+        self._publishing: list[float] = []
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -119,8 +121,8 @@ class InstanceLoop:
                 await self._wake.wait()
                 continue
             result = await self._execute(batch, now)
-            self._tell(self._scheduler.complete(batch, result, self._clock()), result)
-            self._flush(batch.num_tokens, result.seconds)
+            outcome = self._scheduler.complete(batch, result, self._clock())
+            self._tell(outcome, result, batch.num_tokens)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -147,8 +149,7 @@ class InstanceLoop:
 
     # -- what the step changed ----------------------------------------------------------------------------------------
 
-    def _tell(self, outcome: Outcome, result: EngineResult) -> None:
-        held = {sequence.id for sequence in outcome.held}
+    def _tell(self, outcome: Outcome, result: EngineResult, num_batched_tokens: int) -> None:
         for sequence in outcome.sampled:
             live = self._live.get(sequence.id)
             if live is None:
@@ -157,20 +158,27 @@ class InstanceLoop:
             if token is None:
                 self._failures.append(Failure(*live.name, "engine", result.failures[sequence.id]))
                 continue
-            handle = self._publish(live) if sequence.id in held else None
             index = sequence.num_tokens - 1 - len(live.request.prompt)
-            self._events.append(Event(*live.name, index, token, handle))
+            self._events.append(Event(*live.name, index, token))
             if not live.timed:
                 self._time(live)
         for sequence in outcome.finished:
             self._executor.forget(sequence.id)
             self._live.pop(sequence.id, None)
         self._forget(outcome)
+        if outcome.held:
+            self._flush(num_batched_tokens, result.seconds)  # the first tokens do not wait for the digests
+            for sequence in outcome.held:
+                if (live := self._live.get(sequence.id)) is not None:
+                    self._publish(live)
+            self._flush()
+        else:
+            self._flush(num_batched_tokens, result.seconds)
 
-    def _publish(self, live: _Live) -> KVHandle:
-        sequence = live.sequence
+    def _publish(self, live: _Live) -> None:
+        sequence, began = live.sequence, self._clock()
         generations, digest = self._wiring.publisher.publish(sequence.blocks)
-        return KVHandle(
+        handle = KVHandle(
             source=self._wiring.source,
             request=live.request.id,
             attempt=live.request.attempt,
@@ -179,12 +187,14 @@ class InstanceLoop:
             generations=generations,
             digest=digest,
         )
+        self._handles.append(handle)
+        self._publishing.append(self._clock() - began)
 
     def _time(self, live: _Live) -> None:
         live.timed = True
-        computed = self._clock() - live.ready
+        now = self._clock()
         queued = live.started - live.added
-        self._timings.append(Timing(*live.name, queued, live.pull, live.pull_bytes, computed))
+        self._timings.append(Timing(*live.name, queued, live.pull, live.pull_bytes, now - live.ready))
 
     def _forget(self, outcome: Outcome) -> None:
         for sequence in outcome.dropped:
@@ -192,9 +202,9 @@ class InstanceLoop:
             self._live.pop(sequence.id, None)
 
     def _flush(self, num_batched_tokens: int = 0, seconds: float = 0.0) -> None:
-        if num_batched_tokens or self._events or self._pulled or self._failures:
+        if num_batched_tokens or self._events or self._handles or self._pulled or self._failures:
             load = self._scheduler.load()
-            lists = (self._events, self._pulled, self._failures, self._timings)
+            lists = (self._events, self._handles, self._pulled, self._failures, self._timings, self._publishing)
             self._wiring.send(Step(self._epoch, *lists, load, num_batched_tokens, seconds))
             self._clear()
 

@@ -195,7 +195,8 @@ def _executor(
     if is_fake(config.engine.model):
         from distserve.engine.fake import FakeExecutor, parse_fake
 
-        return FakeExecutor(config.engine, parse_fake(config.engine.model), kv_buffer_factory=allocate, verify=True)
+        fake = parse_fake(config.engine.model)
+        return FakeExecutor(config.engine, fake, kv_buffer_factory=allocate, verify=fake.writes_kv)
     from distserve.engine.executor import LocalExecutor
 
     return LocalExecutor(config.engine, allocate, model)

@@ -99,7 +99,6 @@ class Event(msgspec.Struct, array_like=True, frozen=True):
     attempt: int
     index: int
     token: Token
-    handle: KVHandle | None = None  # prefill: the KV that now waits to be pulled
 
 
 class Failure(msgspec.Struct, array_like=True, frozen=True):
@@ -128,9 +127,11 @@ class Step(Message, frozen=True):
     """Everything that a step changed."""
 
     events: list[Event] = []
+    handles: list[KVHandle] = []  # prefill: KV that now waits to be pulled (its token went ahead)
     pulled: list[Name] = []
     failures: list[Failure] = []
     timings: list[Timing] = []
+    publishing: list[float] = []  # prefill: seconds that making each of `handles` took
     load: Load = Load()
     num_batched_tokens: int = 0
     seconds: float = 0.0

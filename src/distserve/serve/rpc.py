@@ -17,7 +17,6 @@ from distserve.plan import Role
 from distserve.request import Request, Token
 from distserve.sched.base import Load
 from distserve.sched.router import NOMINAL
-from distserve.serve.base import Handoff
 from distserve.serve.messages import (
     Abort,
     Audit,
@@ -61,9 +60,12 @@ class AttemptStream:
         self._over = False
         self._on_close = on_close
 
-    def push(self, token: Token, handle: KVHandle | None) -> None:
-        if handle is not None:
-            self.handle = handle
+    def offer(self, handle: KVHandle) -> None:
+        """Prefill is over."""
+        self.handle, self._over = handle, True
+        self._notify()
+
+    def push(self, token: Token) -> None:
         self._tokens.append(token)
         self.num_tokens += 1
         self._over = token.finish is not None
@@ -160,16 +162,8 @@ class RemoteInstance:
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    async def prefill(self, request: Request) -> Handoff:
-        stream = self._submit(request, None)
-        try:
-            token = (await anext(stream))[0]
-        except BaseException:
-            stream.close()
-            if stream.handle is not None:  # cancelled between its arrival and our waking up
-                self.release(stream.handle)
-            raise
-        return Handoff(token, stream.handle)
+    def prefill(self, request: Request) -> AttemptStream:
+        return self._submit(request, None)
 
     def decode(self, request: Request, handle: KVHandle | None) -> AttemptStream:
         return self._submit(request, handle)
@@ -190,6 +184,8 @@ class RemoteInstance:
     def _close(self, name: Name) -> None:
         if self._streams.pop(name, None) is not None:
             self._tell_if_alive(Abort(self.epoch, [name]))
+        elif (handle := self._held.get(name)) is not None:  # it arrived, but nobody looked any more
+            self.release(handle)
 
     def release(self, handle: KVHandle) -> None:
         name = (handle.request, handle.attempt)
@@ -280,11 +276,14 @@ class RemoteInstance:
                         name, StaleError(f"{self.name}: token {stream.num_tokens} of request {name[0]} was lost")
                     )
                 continue
-            stream.push(event.token, event.handle)
-            if event.handle is not None:
-                self._held[name] = event.handle
-            if event.handle is not None or event.token.finish is not None:
+            stream.push(event.token)
+            if event.token.finish is not None:
                 del self._streams[name]
+        for handle in step.handles:
+            name = (handle.request, handle.attempt)
+            if (stream := self._streams.pop(name, None)) is not None:
+                self._held[name] = handle
+                stream.offer(handle)
         for failure in step.failures:
             self._fail((failure.id, failure.attempt), _error(self.name, failure))
         if step.num_batched_tokens >= MEASURED_TOKENS and step.seconds > 0:

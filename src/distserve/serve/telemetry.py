@@ -133,6 +133,8 @@ class Telemetry:
         self.phase_queue = self._histogram("distserve:phase_queue_seconds", "Waiting before a phase.", SHORT, "phase")
         name = "distserve:phase_first_token_seconds"
         self.phase_compute = self._histogram(name, "From a phase's start to its first token.", SHORT, "phase")
+        text = "Making one request's KV ready to be pulled."
+        self.publish_seconds = self._of_model("distserve:publish_seconds", text, SHORT)
         self.pull_seconds = self._of_model("distserve:pull_seconds", "Reading and checking one request's KV.", SHORT)
         self.pull_bytes = self._counter("distserve:pull_bytes", "KV bytes pulled.").labels(self.model)
         self.handoffs = self._counter("distserve:handoffs", "Prompts handed from prefill to decode.").labels(self.model)
@@ -164,6 +166,8 @@ class Telemetry:
             where = (self.model, instance, role)
             self.step_tokens.labels(*where).observe(step.num_batched_tokens)
             self.step_seconds.labels(*where).observe(step.seconds)
+        for seconds in step.publishing:
+            self.publish_seconds.observe(seconds)
 
     def observe_timing(self, role: Role, timing: Timing) -> None:
         """Where an attempt's time went on one instance."""

@@ -167,19 +167,20 @@ static void weigh(const Board *b, int64_t row, float *scores, int64_t from, int6
     for (int64_t key = LANES; key < count; key += LANES) top = larger(top, *(const Numbers *)(scores + key));
     float highest = top[0];
     for (int lane = 1; lane < LANES; lane++) highest = MAX(highest, top[lane]);
-    Numbers *sums = (Numbers *)(b->sums + row * LANES), *out = (Numbers *)(b->out + row * b->width);
+    Numbers sums = *(const Numbers *)(b->sums + row * LANES), *out = (Numbers *)(b->out + row * b->width);
     if (highest > b->references[row] + LAZY) {
         const float shrink = exp2_plain(b->references[row] - highest);
         b->references[row] = highest;
-        *sums *= shrink;
+        sums *= shrink;
         for (int64_t i = 0; i < b->width / LANES; i++) out[i] *= shrink;
     }
     const float reference = b->references[row];
     for (int64_t key = 0; key < count; key += LANES) {
-        Numbers *weights = (Numbers *)(scores + key);
-        *weights = exp2_lanes(*weights - reference);
-        *sums += *weights;
+        const Numbers weights = exp2_lanes(*(const Numbers *)(scores + key) - reference);
+        *(Numbers *)(scores + key) = weights;
+        sums += weights;
     }
+    *(Numbers *)(b->sums + row * LANES) = sums;
 }
 
 /* ROWS rows over the chunk on the board: row i sees keys [from[i], to[i]) of it. */

@@ -96,6 +96,11 @@ static inline void configure_tiles(const uint8_t rows[8]) {
 /* Compilers do not know that a tile load reads memory. */
 #define BEFORE_TILE_LOAD() __asm__ volatile("" ::: "memory")
 
+/* Sixteen numbers, those outside the mask 0. */
+static inline __m512 load_bf16(const bf16 *from, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
 /* Two rows of 16 floats -> 16 pairs (low, high) of bf16: one row of an AMX B operand. */
 static inline __m512i pair_rows(__m512 low, __m512 high) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,

@@ -16,12 +16,16 @@
 #define LOAD(x) (x)
 #define STORE(x) (x)
 #define NAME(x) x##_f32
+#define LOAD16(from, mask) _mm512_maskz_loadu_ps(mask, from)
+#define STORE16(to, mask, x) _mm512_mask_storeu_ps(to, mask, x)
 #include "pointwise.h"
 
 #define NUMBER bf16
 #define LOAD(x) from_bf16(x)
 #define STORE(x) to_bf16(x)
 #define NAME(x) x##_bf16
+#define LOAD16(from, mask) load_bf16(from, mask)
+#define STORE16(to, mask, x) _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x))
 #include "pointwise.h"
 
 EXPORT void ds_set_num_threads(int64_t count) { num_threads = (int)MAX(1, count); }

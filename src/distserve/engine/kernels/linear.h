@@ -112,10 +112,6 @@ static inline void configure_product(int first_rows, int second_rows) {
 
 static inline __mmask16 lanes(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
 
-static inline __m512 load_bias(const bf16 *bias, __mmask16 mask) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias)), 16));
-}
-
 /* The sums of `rows` rows from `row` on and one unit, not written yet. */
 static inline Pending pending(const Product *p, int64_t unit, int64_t row, int64_t rows, const float *sums) {
     const Packed *w = p->w;
@@ -125,8 +121,8 @@ static inline Pending pending(const Product *p, int64_t unit, int64_t row, int64
     n.mask1 = w->gated ? n.mask0 : lanes(width - first - 16);
     n.bias0 = n.bias1 = _mm512_setzero_ps();
     if (w->bias) {
-        n.bias0 = load_bias(w->bias + first, n.mask0);
-        n.bias1 = load_bias(w->bias + first + (w->gated ? width : 16), n.mask1);
+        n.bias0 = load_bf16(w->bias + first, n.mask0);
+        n.bias1 = load_bf16(w->bias + first + (w->gated ? width : 16), n.mask1);
     }
     return n;
 }
