@@ -3,10 +3,11 @@
     python -m benchmarks.kernels [--core 1] [--rounds 7] [--json FILE|-]
 
 How each number is taken. Shapes are the demo model's (hidden 576, 9 query and 3 key/value heads of 64, MLP 1,536,
-vocabulary 49,152), in bf16. A case runs over enough layers' worth of weights or cache (30) that none stays in a cache
-unless the model's would. Ours and the counterpart take turns for `--rounds` rounds after an untimed one, and the best
-of each counts: what disturbs a round only ever adds time. Counterparts: for products oneDNN with a weight that is
-reordered already; for attention a gather of the pages and `scaled_dot_product_attention`; for the rest plain PyTorch.
+vocabulary 49,152), in bf16; attention, which has a plain kernel beside the AMX one, in fp32 as well. A case runs over
+enough layers' worth of weights or cache (30) that none stays in a cache unless the model's would. Ours and the
+counterpart take turns for `--rounds` rounds after an untimed one, and the best of each counts: what disturbs a round
+only ever adds time. Counterparts: for products oneDNN with a weight that is reordered already; for attention a gather
+of the pages and `scaled_dot_product_attention`; for the rest plain PyTorch.
 
 GB/s count what must be read at least once (weights, or keys and values), TFLOP/s two operations per weight and row, or
 per dimension, query and key it sees, twice. The limits beside them are measured in the same run
@@ -79,14 +80,14 @@ def product(name: str, rows: int, inputs: int, outputs: int, layers: int = LAYER
     return Case(f"{name}, {rows} rows", ours, theirs, 2 * size, 2 * size * rows)
 
 
-def attend(batch: int, context: int, prompt: bool = False) -> Case:
+def attend(batch: int, context: int, prompt: bool = False, dtype: torch.dtype = BF16) -> Case:
     """A decode step of `batch` sequences, or a whole prompt of `context` tokens."""
     blocks = -(-context // BLOCK)
-    pool = torch.randn(batch * blocks, LAYERS, 2, KV_HEADS, BLOCK, DIM, dtype=BF16)
+    pool = torch.randn(batch * blocks, LAYERS, 2, KV_HEADS, BLOCK, DIM, dtype=dtype)
     tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(batch)]
     count = context if prompt else 1
     step = StepLayout.build([count] * batch, [context] * batch, tables, BLOCK)
-    qkv, rope = torch.randn(batch * count, QKV, dtype=BF16), Rotary(DIM, 1e5, context)
+    qkv, rope = torch.randn(batch * count, QKV, dtype=dtype), Rotary(DIM, 1e5, context)
 
     def run(form: Callable[..., object]) -> Callable[[], None]:
         def layers() -> None:
@@ -97,7 +98,8 @@ def attend(batch: int, context: int, prompt: bool = False) -> Case:
 
     seen = batch * (context * (context + 1) // 2 if prompt else context)
     name = f"attention, prompt of {context}" if prompt else f"attention, {batch} x context {context}"
-    size = 0 if prompt else LAYERS * seen * KV_HEADS * DIM * 4
+    name += ", fp32" if dtype is torch.float32 else ""
+    size = 0 if prompt else LAYERS * seen * KV_HEADS * DIM * 2 * dtype.itemsize
     operations = LAYERS * seen * HEADS * DIM * 4
     return Case(name, run(rope_attention), run(rope_attention_reference), size, operations)
 
@@ -128,6 +130,8 @@ def cases() -> Iterator[Case]:
         yield attend(batch, context)
     for context in (128, 512, 2048):
         yield attend(1, context, prompt=True)
+    yield attend(8, 1024, dtype=torch.float32)
+    yield attend(1, 512, prompt=True, dtype=torch.float32)
     for rows in (1, 512):
         yield norm(rows)
         yield activation(rows)
