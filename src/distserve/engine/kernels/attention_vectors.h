@@ -1,14 +1,14 @@
 /* The arithmetic of plain attention: fp32, for any processor, on a chunk of keys and values that was unpacked from the
- * cache. Knows no paging and no number format. The vectors are the compiler's own (GCC and clang), as wide as a register
- * of the target; no instruction set is named.
+ * cache. Knows no paging; of number formats only how four of each are loaded. The vectors are the compiler's own (GCC and
+ * clang), as wide as a register of the target; intrinsics are not used.
  *
  * A chunk serves all rows of a task, ROWS of them at a time. Scores have keys in the lanes, so keys come transposed, in
  * panels; sums over values have dimensions in the lanes:
  *
  *     scores [ROWS, keys] = Q [ROWS, dim] . keys [dim, keys]     out [ROWS, dim] += 2^(scores - reference) . values
  *
- * Each number is one running sum in the order of its terms, whatever the tile it is computed in: a row's result does not
- * depend on its neighbours. Keys that a row does not see have weight 0, which changes no sum.
+ * Each number is one running sum in the order of its terms, whatever the tile it is computed in: a row's result does
+ * not depend on its neighbours. Keys that a row does not see have weight 0, which changes no sum.
  */
 #pragma once
 
@@ -106,7 +106,8 @@ INLINE void keys_tile(const Board *b, const float *q, const float *keys, float *
     Numbers sums[ROWS][VECTORS] = {0};
     for (int64_t d = 0; d < b->dim; d++, keys += PANEL)
         for (int row = 0; row < rows; row++)
-            for (int v = 0; v < VECTORS; v++) sums[row][v] += *(const Numbers *)(keys + v * LANES) * q[row * b->dim + d];
+            for (int v = 0; v < VECTORS; v++)
+                sums[row][v] += *(const Numbers *)(keys + v * LANES) * q[row * b->dim + d];
     for (int row = 0; row < rows; row++)
         for (int v = 0; v < VECTORS; v++) *(Numbers *)(scores + row * CHUNK + v * LANES) = sums[row][v];
 }
