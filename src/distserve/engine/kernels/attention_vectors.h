@@ -1,6 +1,6 @@
 /* The arithmetic of plain attention: fp32, for any processor, on a chunk of keys and values that was unpacked from the
- * cache. Knows no paging; of number formats only how four of each are loaded. The vectors are the compiler's own (GCC and
- * clang), as wide as a register of the target; intrinsics are not used.
+ * cache. Knows no paging; of number formats only how four of each are loaded. The vectors are the compiler's own (GCC
+ * and clang), as wide as a register of the target; intrinsics are not used.
  *
  * A chunk serves all rows of a task, ROWS of them at a time. Scores have keys in the lanes, so keys come transposed, in
  * panels; sums over values have dimensions in the lanes:
