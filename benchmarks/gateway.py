@@ -2,8 +2,8 @@
 
     python -m benchmarks.gateway [--requests 1000] [--rate 50] [--json FILE|-]
 
-The whole server with instances whose engine only waits (`distserve serve fake:step=0.002`): HTTP, tokenizer, routing,
-ZeroMQ, the hand-off from prefill to decode and its pull are real. Server and client share the machine's cores.
+The whole server with instances whose engine only waits (`distserve serve fake:step=0.002,verify=0`): HTTP, tokenizer,
+routing, ZeroMQ, the hand-off from prefill to decode and its pull are real. Server and client share the machine's cores.
 
 - added TTFT: Poisson arrivals, `--requests` streamed completions of a text of about 200 tokens, 32 output tokens; what
   the client measures less the 2 ms that the fake engine takes for a prompt. Waiting for another prompt's 2 ms is in it.
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE|-")
     arguments = parser.parse_args()
     kind = machine()
-    with servers.distserve("--log-level", "warning", model=f"fake:step={STEP}", name="fake") as server:
+    with servers.distserve("--log-level", "warning", model=f"fake:step={STEP},verify=0", name="fake") as server:
         say("ready, measuring first tokens")
         client = asyncio.run(bare(arguments.requests, arguments.rate))
         first, paced = first_tokens(server, arguments.requests, arguments.rate)

@@ -1,11 +1,10 @@
 """What handing a prompt's KV from prefill to decode costs: publish, pull and verify of a 1,000-token prompt.
 
-    python -m benchmarks.handoff [--requests 30] [--core 1] [--json FILE|-]
+    python -m benchmarks.handoff [--requests 30] [--json FILE|-]
 
 A live server of the demo model, one prefill and one decode instance on a core each, gets `--requests` prompts of 1,000
-random tokens one after another, 200 output tokens each, after 3 that do not count. Pull (copy the blocks, check
-generations and digest) is read from /metrics. Publish (take the digest) happens inside the prefill step, so it is timed
-on its own, in this process pinned to `--core`, over as many blocks of random bytes, out of any cache. Their sum is held
+random tokens one after another, 200 output tokens each, after 3 that do not count. Publish (take the digest, after the
+first token has left) and pull (copy the blocks, check generations and digest) are read from /metrics. Their sum is held
 against the TTFT and the total latency that the client measured. Means, for /metrics has sums.
 """
 
@@ -13,22 +12,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import random
 import statistics
-import time
 
 from benchmarks import servers
 from benchmarks.harness import describe, machine, report, say, table
 from benchmarks.load import body, closed_loop, prompts
-from distserve.engine.hub import read_spec, resolve
-from distserve.transfer.memory import SharedMemory
-from distserve.transfer.shm import ShmSource
 
 PROMPT, OUTPUT = 1000, 200
 TARGETS = {"TTFT": 0.02, "total": 0.001}  # the highest share of it that a hand-off may take
-PULL = "distserve:pull_seconds"
-BLOCK = 32  # tokens
+PARTS = {"publish": "distserve:publish_seconds", "pull": "distserve:pull_seconds"}
 
 
 def measure(server: servers.Server, requests: int) -> dict[str, float]:
@@ -39,9 +31,10 @@ def measure(server: servers.Server, requests: int) -> dict[str, float]:
     results = asyncio.run(closed_loop(server.url, bodies[3:], 1))
     after = server.metrics()
     found = {}
-    count = after[f"{PULL}_count"] - before[f"{PULL}_count"]
-    assert count == requests, f"{count} of {requests} requests were handed off"
-    found["pull"] = (after[f"{PULL}_sum"] - before[f"{PULL}_sum"]) / count
+    for part, metric in PARTS.items():
+        count = after[f"{metric}_count"] - before[f"{metric}_count"]
+        assert count == requests, f"{count} of {requests} requests were handed off"
+        found[part] = (after[f"{metric}_sum"] - before[f"{metric}_sum"]) / count
     records = [result.record for result in results]
     found["TTFT"] = statistics.mean(r.ttft for r in records if r.ttft is not None)
     found["total"] = found["TTFT"] + (OUTPUT - 1) * statistics.mean(r.tpot for r in records if r.tpot is not None)
@@ -49,36 +42,15 @@ def measure(server: servers.Server, requests: int) -> dict[str, float]:
     return found
 
 
-def publish(core: int, rounds: int) -> float:
-    """Mean seconds to publish a prompt's blocks. They are as many as make a cache forget the round before."""
-    os.sched_setaffinity(0, {core})
-    layout = read_spec(resolve("demo")).kv_layout(BLOCK, "bfloat16")
-    blocks = -(-PROMPT // BLOCK)
-    turns = 8
-    memory = SharedMemory(turns * blocks * layout.block_bytes)
-    memory.buffer[:] = random.Random(0).randbytes(layout.block_bytes) * (turns * blocks)
-    source = ShmSource(memory, turns * blocks, layout)
-    seconds = []
-    for turn in range(rounds + 1):
-        first = turn % turns * blocks
-        begin = time.perf_counter()
-        source.publish(list(range(first, first + blocks)))
-        seconds.append(time.perf_counter() - begin)
-    source.close()
-    return statistics.mean(seconds[1:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=30)
-    parser.add_argument("--core", type=int, default=1)
     parser.add_argument("--json", metavar="FILE|-")
     arguments = parser.parse_args()
     kind = machine()
     with servers.distserve() as server:
         say("ready, measuring")
         found = measure(server, arguments.requests)
-    found["publish"] = publish(arguments.core, arguments.requests)
     cost = found["publish"] + found["pull"]
     rows = [[part, f"{1e3 * found[part]:.2f} ms", ""] for part in ("publish", "pull")]
     for whole, target in TARGETS.items():
