@@ -9,7 +9,6 @@ of JSON (`spawn.Report`) on its standard output.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import select
 import signal
@@ -19,8 +18,6 @@ from collections.abc import Callable
 from distserve.errors import UsageError
 from distserve.serve.config import InstanceConfig, decode_config
 from distserve.serve.spawn import EndedReport, FatalReport, ForkedReport, LoadingReport, Report, encode_report
-
-log = logging.getLogger(__name__)
 
 Preload = Callable[[InstanceConfig, Callable[[float, str], None]], None]
 Live = Callable[[InstanceConfig], int]

@@ -66,7 +66,7 @@ class Gateway:
         return next(self._ids)
 
     def ready(self) -> bool:
-        return not self._closing and self._has_prefill() and self._has_decode()
+        return not self._closing and not self._missing()
 
     def status(self) -> dict[str, object]:
         """What `/health` tells beside yes or no."""
@@ -74,12 +74,12 @@ class Gateway:
             {"name": instance.name, "role": instance.role, "alive": instance.alive, "pid": instance.pid}
             for instance in self.instances
         ]
-        missing = [
-            str(role)
-            for role, there in ((Role.PREFILL, self._has_prefill()), (Role.DECODE, self._has_decode()))
-            if not there
-        ]
-        return {"missing": missing, "instances": instances, "draining": self._closing, "requests": self.num_live}
+        return {
+            "missing": self._missing(),
+            "instances": instances,
+            "draining": self._closing,
+            "requests": self.num_live,
+        }
 
     def changed(self) -> None:
         """An instance became ready or was lost: whoever waits for one looks again."""
@@ -96,11 +96,9 @@ class Gateway:
     def _alive(self, *roles: Role) -> list[Instance]:
         return [instance for instance in self.instances if instance.role in roles and instance.alive]
 
-    def _has_prefill(self) -> bool:
-        return bool(self._alive(Role.PREFILL, Role.COLOCATED))
-
-    def _has_decode(self) -> bool:
-        return bool(self._alive(Role.DECODE, Role.COLOCATED))
+    def _missing(self) -> list[str]:
+        """The phases that nobody can run now."""
+        return [str(phase) for phase in (Role.PREFILL, Role.DECODE) if not self._alive(phase, Role.COLOCATED)]
 
     # -- one request --------------------------------------------------------------------------------------------------
 
@@ -139,9 +137,8 @@ class Gateway:
     def _admit(self, request: Request) -> None:
         if self._closing:
             raise UnavailableError("the server is shutting down", 5.0)
-        if not self.ready():
-            missing = self.status()["missing"]
-            raise UnavailableError(f"no instance is up for: {', '.join(missing)}", 2.0)  # type: ignore[arg-type]
+        if missing := self._missing():
+            raise UnavailableError(f"no instance is up for: {', '.join(missing)}", 2.0)
         admission = self._router.admit(
             request.num_tokens,
             [self._candidate(instance) for instance in self._alive(Role.PREFILL, Role.COLOCATED)],

@@ -162,18 +162,12 @@ class InstanceLoop:
             self._events.append(Event(*live.name, index, token))
             if not live.timed:
                 self._time(live)
-        for sequence in outcome.finished:
-            self._executor.forget(sequence.id)
-            self._live.pop(sequence.id, None)
         self._forget(outcome)
-        if outcome.held:
-            self._flush(num_batched_tokens, result.seconds)  # the first tokens do not wait for the digests
-            for sequence in outcome.held:
-                if (live := self._live.get(sequence.id)) is not None:
-                    self._publish(live)
-            self._flush()
-        else:
-            self._flush(num_batched_tokens, result.seconds)
+        self._flush(num_batched_tokens, result.seconds)  # the first tokens do not wait for the digests
+        for sequence in outcome.held:
+            if (live := self._live.get(sequence.id)) is not None:
+                self._publish(live)
+        self._flush()
 
     def _publish(self, live: _Live) -> None:
         sequence, began = live.sequence, self._clock()
@@ -197,7 +191,7 @@ class InstanceLoop:
         self._timings.append(Timing(*live.name, queued, live.pull, live.pull_bytes, now - live.ready))
 
     def _forget(self, outcome: Outcome) -> None:
-        for sequence in outcome.dropped:
+        for sequence in (*outcome.finished, *outcome.dropped):
             self._executor.forget(sequence.id)
             self._live.pop(sequence.id, None)
 

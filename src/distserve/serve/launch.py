@@ -203,7 +203,7 @@ def _executor(
 
 
 def _scheduler(config: InstanceConfig, pool: BlockPool, knee: int | None) -> Scheduler:
-    from distserve.sched.colocated import ChunkedScheduler, PrefillFirstScheduler
+    from distserve.sched.colocated import colocated_scheduler
     from distserve.sched.decode import DecodeScheduler
     from distserve.sched.prefill import PrefillScheduler
 
@@ -213,10 +213,11 @@ def _scheduler(config: InstanceConfig, pool: BlockPool, knee: int | None) -> Sch
         return DecodeScheduler(pool, config.decode)
     policy = config.colocated
     if config.policy is Policy.PREFILL_FIRST:
-        tokens = knee or policy.max_batch_tokens
-        return PrefillFirstScheduler(pool, replace(policy, policy="prefill-first", max_batch_tokens=tokens))
-    tokens = max(knee or policy.chunk_tokens, policy.max_batch_size)
-    return ChunkedScheduler(pool, replace(policy, policy="chunked", chunk_tokens=tokens))
+        policy = replace(policy, policy="prefill-first", max_batch_tokens=knee or policy.max_batch_tokens)
+    else:
+        tokens = max(knee or policy.chunk_tokens, policy.max_batch_size)
+        policy = replace(policy, policy="chunked", chunk_tokens=tokens)
+    return colocated_scheduler(pool, policy)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ class _Process:
     def __init__(self, config: InstanceConfig) -> None:
         self._config = config
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._line = Endpoint(self._context, zmq.DEALER, self._from_gateway)
-        self._notices = Endpoint(self._context, zmq.PULL, self._from_decode)
+        self._line = Endpoint(self._context, zmq.DEALER, self._receive)
+        self._notices = Endpoint(self._context, zmq.PULL, self._receive)
         self._notified: dict[str, Endpoint] = {}
         self._loop: InstanceLoop | None = None
 
@@ -168,11 +168,7 @@ class _Process:
         except ConnectionError as error:
             log.warning("pulled notice not sent to %s: %s", address, error)
 
-    def _from_gateway(self, frames: list[bytes]) -> None:
-        if self._loop is not None:
-            self._loop.handle(decode_to_instance(frames[0]))
-
-    def _from_decode(self, frames: list[bytes]) -> None:
+    def _receive(self, frames: list[bytes]) -> None:
         if self._loop is not None:
             self._loop.handle(decode_to_instance(frames[0]))
 

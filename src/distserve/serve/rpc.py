@@ -183,14 +183,14 @@ class RemoteInstance:
 
     def _close(self, name: Name) -> None:
         if self._streams.pop(name, None) is not None:
-            self._tell_if_alive(Abort(self.epoch, [name]))
+            self.tell(Abort(self.epoch, [name]))
         elif (handle := self._held.get(name)) is not None:  # it arrived, but nobody looked any more
             self.release(handle)
 
     def release(self, handle: KVHandle) -> None:
         name = (handle.request, handle.attempt)
         if handle.source.epoch == self.epoch and self._held.pop(name, None) is not None:
-            self._tell_if_alive(Release(self.epoch, [name]))
+            self.tell(Release(self.epoch, [name]))
 
     def spent(self, handle: KVHandle) -> None:
         if handle.source.epoch == self.epoch:
@@ -201,15 +201,12 @@ class RemoteInstance:
 
     def audit(self) -> None:
         """Reconciles what each side believes to be alive; renews leases. Called by a timer."""
-        self._tell_if_alive(Audit(self.epoch, [*self._streams], [*self._held]))
+        self.tell(Audit(self.epoch, [*self._streams], [*self._held]))
 
     async def drain(self) -> None:
-        self._tell_if_alive(Drain(self.epoch))
+        self.tell(Drain(self.epoch))
         if self.alive:
             await self._drained.wait()
-
-    def tell(self, message: ToInstance) -> None:
-        self._tell_if_alive(message)
 
     def _tell(self, message: ToInstance) -> None:
         if self._send is None:
@@ -219,7 +216,7 @@ class RemoteInstance:
         except ConnectionError as error:
             raise InstanceGone(f"{self.name} cannot be reached: {error}") from None
 
-    def _tell_if_alive(self, message: ToInstance) -> None:
+    def tell(self, message: ToInstance) -> None:
         """For messages that need no answer: where the instance is gone, so is what they speak of."""
         if self.alive and self._send is not None:
             try:
@@ -296,7 +293,7 @@ class RemoteInstance:
 
     def _abandon(self, name: Name, error: Exception) -> None:
         self._fail(name, error)
-        self._tell_if_alive(Abort(self.epoch, [name]))
+        self.tell(Abort(self.epoch, [name]))
 
     def _fail(self, name: Name, error: Exception) -> None:
         stream = self._streams.pop(name, None)

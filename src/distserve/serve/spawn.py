@@ -43,8 +43,6 @@ class Spawner(Protocol):
         """Starts a process for an `InstanceConfig` of that epoch. Raises `StartError` where it cannot be."""
         ...
 
-    async def close(self) -> None: ...
-
 
 class StartError(Exception):
     """No process could be made; `usage`: the user can mend it."""
@@ -85,9 +83,6 @@ class InterpreterSpawner:
         assert process.stdin is not None
         process.stdin.write(config + b"\n")
         return _Interpreter(process)
-
-    async def close(self) -> None:
-        """Nothing is shared between the processes."""
 
 
 # -- a fork -----------------------------------------------------------------------------------------------------------

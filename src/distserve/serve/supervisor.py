@@ -32,8 +32,7 @@ KILL_AFTER = 3.0  # seconds an instance gets to leave by itself
 class Supervisor:
     """Restarts what was ready once, for ever; what cannot even start is not tried again: `remote.fatal` says why.
 
-    `configure(epoch)` gives the bytes that the process reads from its standard input; that pipe stays open, and its
-    end is how the process learns that the gateway is no more."""
+    `configure(epoch)` gives the `InstanceConfig`, encoded, that `spawner` makes a process of."""
 
     def __init__(
         self,
