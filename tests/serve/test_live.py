@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import openai
 import psutil
 import pytest
@@ -67,7 +67,7 @@ def test_health_names_the_instances_and_metrics_split_the_first_token(server: Se
 
 def test_a_client_that_leaves_frees_kv_on_both_sides_within_a_second(server: Server) -> None:
     body = {"prompt": "a story", "max_tokens": 4000, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", server.url + "/v1/completions", json=body) as answer:
+    with httpx2.stream("POST", server.url + "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         for _ in range(10):
             next(lines)
@@ -78,7 +78,7 @@ def test_a_client_that_leaves_frees_kv_on_both_sides_within_a_second(server: Ser
 async def test_thousands_of_requests_with_departures_leak_nothing(server: Server) -> None:
     rng = random.Random(1)
 
-    async def one(client: httpx.AsyncClient, gate: asyncio.Semaphore) -> None:
+    async def one(client: httpx2.AsyncClient, gate: asyncio.Semaphore) -> None:
         body = {"prompt": [rng.randrange(1000) for _ in range(rng.randint(1, 200))], "max_tokens": rng.randint(1, 30)}
         async with gate:
             if rng.random() < 0.5:
@@ -92,8 +92,8 @@ async def test_thousands_of_requests_with_departures_leak_nothing(server: Server
                         return
 
     gate = asyncio.Semaphore(64)
-    limits = httpx.Limits(max_connections=64)
-    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+    limits = httpx2.Limits(max_connections=64)
+    async with httpx2.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
         await asyncio.gather(*(one(client, gate) for _ in range(2000)))
     server.wait_for("all blocks free", server.idle, within=5)
     assert server.total("distserve:instance_restarts_total") == 0
@@ -186,7 +186,7 @@ def test_two_interrupts_end_at_once(tmp_path: Path) -> None:
     with serving(tmp_path, "fake:step=0.01", "--kv-memory", "8MiB") as server:
         processes = server.processes()
         body = {"prompt": "a story", "max_tokens": 8000, "stream": True, "ignore_eos": True}
-        with httpx.stream("POST", server.url + "/v1/completions", json=body) as answer:
+        with httpx2.stream("POST", server.url + "/v1/completions", json=body) as answer:
             next(answer.iter_lines())
             server.process.send_signal(signal.SIGINT)
             server.wait_for("the first to be heard", lambda: "stopping" in server.log.read_text())

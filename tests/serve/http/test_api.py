@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from tests.serve.http.fakes import FakeGenerator
 from tests.serve.http.web import in_process, make_app
@@ -31,26 +31,26 @@ def generator(tokens: Tokenizer) -> FakeGenerator:
 
 
 @pytest.fixture
-async def client(generator: FakeGenerator, tokens: Tokenizer) -> AsyncIterator[httpx.AsyncClient]:
+async def client(generator: FakeGenerator, tokens: Tokenizer) -> AsyncIterator[httpx2.AsyncClient]:
     async with in_process(make_app(generator, tokens)) as client:
         yield client
 
 
-async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+async def chat(client: httpx2.AsyncClient, **fields: Any) -> dict[str, Any]:
     response = await client.post(CHAT, json={"messages": USER, **fields})
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     return found
 
 
-async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+async def complete(client: httpx2.AsyncClient, **fields: Any) -> dict[str, Any]:
     response = await client.post(TEXT, json={"prompt": "hello", "max_tokens": 100, **fields})
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     return found
 
 
-async def refused(client: httpx.AsyncClient, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+async def refused(client: httpx2.AsyncClient, path: str, body: Any, status: int = 400) -> dict[str, Any]:
     response = await client.post(path, json=body)
     assert response.status_code == status, response.text
     error: dict[str, Any] = response.json()["error"]
@@ -70,7 +70,7 @@ def events(text: str) -> list[Any]:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_chat_is_answered(client: httpx.AsyncClient, generator: FakeGenerator, tokens: Tokenizer) -> None:
+async def test_a_chat_is_answered(client: httpx2.AsyncClient, generator: FakeGenerator, tokens: Tokenizer) -> None:
     answer = await chat(client)
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": ANSWER, "refusal": None}
@@ -83,7 +83,7 @@ async def test_a_chat_is_answered(client: httpx.AsyncClient, generator: FakeGene
     assert answer["usage"] == {**expected, "total_tokens": len(prompt) + generated}
 
 
-async def test_the_first_chunk_brings_role_and_text_and_the_last_the_reason(client: httpx.AsyncClient) -> None:
+async def test_the_first_chunk_brings_role_and_text_and_the_last_the_reason(client: httpx2.AsyncClient) -> None:
     response = await client.post(CHAT, json={"messages": USER, "stream": True})
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     chunks = events(response.text)
@@ -98,7 +98,7 @@ async def test_the_first_chunk_brings_role_and_text_and_the_last_the_reason(clie
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
-async def test_usage_comes_in_a_last_chunk_without_choices(client: httpx.AsyncClient) -> None:
+async def test_usage_comes_in_a_last_chunk_without_choices(client: httpx2.AsyncClient) -> None:
     body = {"messages": USER, "stream": True, "stream_options": {"include_usage": True}}
     chunks = events((await client.post(CHAT, json=body)).text)
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
@@ -106,7 +106,7 @@ async def test_usage_comes_in_a_last_chunk_without_choices(client: httpx.AsyncCl
     assert chunks[-1]["usage"] == (await chat(client))["usage"]
 
 
-async def test_continuous_usage_counts_up(client: httpx.AsyncClient) -> None:
+async def test_continuous_usage_counts_up(client: httpx2.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = {"prompt": "hello", "max_tokens": 100, "stream": True, "stream_options": options}
     chunks = events((await client.post(TEXT, json=body)).text)
@@ -135,7 +135,7 @@ async def test_characters_of_several_tokens_are_never_split(tokens: Tokenizer, p
 
 
 async def test_n_choices_are_n_requests_with_seeds_of_their_own(
-    client: httpx.AsyncClient, generator: FakeGenerator
+    client: httpx2.AsyncClient, generator: FakeGenerator
 ) -> None:
     answer = await chat(client, n=3, seed=7)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
@@ -146,7 +146,7 @@ async def test_n_choices_are_n_requests_with_seeds_of_their_own(
     assert answer["usage"]["prompt_tokens"] == one["prompt_tokens"]
 
 
-async def test_n_choices_share_a_stream(client: httpx.AsyncClient) -> None:
+async def test_n_choices_share_a_stream(client: httpx2.AsyncClient) -> None:
     body = {"messages": USER, "stream": True, "n": 3, "stream_options": {"include_usage": True}}
     chunks = events((await client.post(CHAT, json=body)).text)
     texts = {0: "", 1: "", 2: ""}
@@ -161,7 +161,7 @@ async def test_n_choices_share_a_stream(client: httpx.AsyncClient) -> None:
     assert chunks[-1]["usage"]["completion_tokens"] > 0
 
 
-async def test_without_a_seed_choices_differ(client: httpx.AsyncClient, generator: FakeGenerator) -> None:
+async def test_without_a_seed_choices_differ(client: httpx2.AsyncClient, generator: FakeGenerator) -> None:
     await chat(client, n=4)
     assert len({request.sampling.seed for request in generator.requests}) == 4
 
@@ -172,7 +172,7 @@ async def test_without_a_seed_choices_differ(client: httpx.AsyncClient, generato
     ids=["string", "strings", "ids", "lists of ids"],
 )
 async def test_every_form_of_prompt(
-    client: httpx.AsyncClient, generator: FakeGenerator, tokens: Tokenizer, prompt: Any
+    client: httpx2.AsyncClient, generator: FakeGenerator, tokens: Tokenizer, prompt: Any
 ) -> None:
     answer = await complete(client, prompt=prompt, n=2)
     several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
@@ -185,7 +185,7 @@ async def test_every_form_of_prompt(
 
 
 async def test_stop_strings_end_the_request_and_free_it(
-    client: httpx.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
+    client: httpx2.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
 ) -> None:
     answer = await chat(client, stop=["umps ov", "never"])
     (choice,) = answer["choices"]
@@ -198,20 +198,20 @@ async def test_stop_strings_end_the_request_and_free_it(
     assert included["choices"][0]["message"]["content"] == "The quick brown fox"
 
 
-async def test_a_stop_string_is_never_streamed(client: httpx.AsyncClient) -> None:
+async def test_a_stop_string_is_never_streamed(client: httpx2.AsyncClient) -> None:
     body = {"prompt": "x", "max_tokens": 100, "stream": True, "stop": "jumps"}
     chunks = events((await client.post(TEXT, json=body)).text)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "The quick brown fox "
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_special_tokens_can_be_kept(client: httpx.AsyncClient, generator: FakeGenerator) -> None:
+async def test_special_tokens_can_be_kept(client: httpx2.AsyncClient, generator: FakeGenerator) -> None:
     generator.finish = FinishReason.LENGTH
     assert (await complete(client, skip_special_tokens=False))["choices"][0]["text"] == ANSWER + "<|im_end|>"
     assert (await complete(client))["choices"][0]["text"] == ANSWER
 
 
-async def test_all_sampling_fields_arrive(client: httpx.AsyncClient, generator: FakeGenerator) -> None:
+async def test_all_sampling_fields_arrive(client: httpx2.AsyncClient, generator: FakeGenerator) -> None:
     fields: dict[str, Any] = {
         "temperature": 0.5,
         "top_p": 0.9,
@@ -231,7 +231,7 @@ async def test_all_sampling_fields_arrive(client: httpx.AsyncClient, generator: 
 
 
 async def test_defaults_are_openais_and_null_means_left_out(
-    client: httpx.AsyncClient, generator: FakeGenerator
+    client: httpx2.AsyncClient, generator: FakeGenerator
 ) -> None:
     names = (
         "model stream stream_options n temperature top_p top_k min_p stop stop_token_ids logprobs max_tokens "
@@ -256,11 +256,11 @@ async def test_the_checkpoints_sampling_defaults_stand_where_the_request_says_no
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.6, 5, 1.0)
 
 
-async def test_unknown_fields_are_accepted(client: httpx.AsyncClient) -> None:
+async def test_unknown_fields_are_accepted(client: httpx2.AsyncClient) -> None:
     await chat(client, user="me", store=True, metadata={"a": 1}, service_tier="auto", whatever=[1, {"x": None}])
 
 
-async def test_max_completion_tokens_wins_over_max_tokens(client: httpx.AsyncClient, generator: FakeGenerator) -> None:
+async def test_max_completion_tokens_wins_over_max_tokens(client: httpx2.AsyncClient, generator: FakeGenerator) -> None:
     answer = await chat(client, max_tokens=5, max_completion_tokens=2)
     assert generator.requests[0].sampling.max_tokens == 2
     assert answer["choices"][0]["finish_reason"] == "length"
@@ -270,7 +270,7 @@ async def test_max_completion_tokens_wins_over_max_tokens(client: httpx.AsyncCli
 
 
 async def test_messages_reach_the_template_in_every_form(
-    client: httpx.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
+    client: httpx2.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
 ) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     messages = [
@@ -301,7 +301,7 @@ async def test_tools_and_template_arguments_are_passed_on(generator: FakeGenerat
 
 
 async def test_a_final_message_can_be_continued(
-    client: httpx.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
+    client: httpx2.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
 ) -> None:
     messages = [*USER, {"role": "assistant", "content": "Well,"}]
     await chat(client, messages=messages, continue_final_message=True)
@@ -311,7 +311,7 @@ async def test_a_final_message_can_be_continued(
 # -- log-probabilities -----------------------------------------------------------------------------------------------
 
 
-async def test_chat_logprobs(client: httpx.AsyncClient, tokens: Tokenizer) -> None:
+async def test_chat_logprobs(client: httpx2.AsyncClient, tokens: Tokenizer) -> None:
     answer = await chat(client, logprobs=True, top_logprobs=2, max_tokens=3)
     entries = answer["choices"][0]["logprobs"]["content"]
     ids = tokens.encode(ANSWER)[:3]
@@ -323,7 +323,7 @@ async def test_chat_logprobs(client: httpx.AsyncClient, tokens: Tokenizer) -> No
     assert bare["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-async def test_streamed_logprobs_join_to_the_whole_ones(client: httpx.AsyncClient) -> None:
+async def test_streamed_logprobs_join_to_the_whole_ones(client: httpx2.AsyncClient) -> None:
     body = {"messages": USER, "stream": True, "logprobs": True, "top_logprobs": 1}
     chunks = events((await client.post(CHAT, json=body)).text)
     streamed = [entry for chunk in chunks for entry in chunk["choices"][0]["logprobs"]["content"]]
@@ -356,7 +356,7 @@ async def test_completion_logprobs_count_characters(tokens: Tokenizer) -> None:
 
 
 async def test_echo_puts_the_prompt_first_with_its_logprobs(
-    client: httpx.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
+    client: httpx2.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
 ) -> None:
     prompt = "Prefill and decode"
     found = (await complete(client, prompt=prompt, echo=True, logprobs=1, max_tokens=2))["choices"][0]
@@ -371,7 +371,7 @@ async def test_echo_puts_the_prompt_first_with_its_logprobs(
 
 
 async def test_echo_alone_gives_the_prompt_back(
-    client: httpx.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
+    client: httpx2.AsyncClient, generator: FakeGenerator, tokens: Tokenizer
 ) -> None:
     ids = tokens.encode("Prefill and decode")
     answer = await complete(client, prompt=ids, echo=True, logprobs=0, max_tokens=0)
@@ -478,7 +478,7 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("fields", "param", "said"), WRONG_CHATS, ids=str)
 async def test_wrong_chats_are_refused_naming_the_field(
-    client: httpx.AsyncClient, generator: FakeGenerator, fields: dict[str, Any], param: str, said: str
+    client: httpx2.AsyncClient, generator: FakeGenerator, fields: dict[str, Any], param: str, said: str
 ) -> None:
     error = await refused(client, CHAT, {"messages": USER, **fields})
     assert error["param"] == param
@@ -489,7 +489,7 @@ async def test_wrong_chats_are_refused_naming_the_field(
 
 @pytest.mark.parametrize(("fields", "param", "said"), WRONG_COMPLETIONS, ids=lambda case: str(case)[:60])
 async def test_wrong_completions_are_refused_naming_the_field(
-    client: httpx.AsyncClient, generator: FakeGenerator, fields: dict[str, Any], param: str, said: str
+    client: httpx2.AsyncClient, generator: FakeGenerator, fields: dict[str, Any], param: str, said: str
 ) -> None:
     error = await refused(client, TEXT, {"prompt": "hello", **fields})
     assert error["param"] == param
@@ -497,20 +497,20 @@ async def test_wrong_completions_are_refused_naming_the_field(
     assert not generator.requests
 
 
-async def test_trivial_values_of_unsupported_fields_pass(client: httpx.AsyncClient) -> None:
+async def test_trivial_values_of_unsupported_fields_pass(client: httpx2.AsyncClient) -> None:
     await complete(client, best_of=2, n=2, suffix="", response_format={"type": "text"})
     await chat(client, tool_choice="none", guided_json=None)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b'{"messages": NaN', b"\xff\xfe", b"null"])
-async def test_bodies_that_are_no_object_are_refused(client: httpx.AsyncClient, content: bytes) -> None:
+async def test_bodies_that_are_no_object_are_refused(client: httpx2.AsyncClient, content: bytes) -> None:
     response = await client.post(CHAT, content=content, headers=JSON)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
-async def test_numbers_that_are_none_are_refused(client: httpx.AsyncClient, value: str) -> None:
+async def test_numbers_that_are_none_are_refused(client: httpx2.AsyncClient, value: str) -> None:
     response = await client.post(
         CHAT, content=f'{{"messages": {json.dumps(USER)}, "temperature": {value}}}', headers=JSON
     )
@@ -518,7 +518,7 @@ async def test_numbers_that_are_none_are_refused(client: httpx.AsyncClient, valu
     assert response.json()["error"]["param"] == "temperature"
 
 
-async def test_half_a_surrogate_pair_is_refused(client: httpx.AsyncClient) -> None:
+async def test_half_a_surrogate_pair_is_refused(client: httpx2.AsyncClient) -> None:
     for path, body, param, status in [
         (CHAT, '{"messages": [{"role": "user", "content": "a \\ud83d b"}]}', "messages", 400),
         (TEXT, '{"prompt": "\\ud83d"}', "prompt", 400),
@@ -530,7 +530,7 @@ async def test_half_a_surrogate_pair_is_refused(client: httpx.AsyncClient) -> No
         assert response.json()["error"]["param"] == param
 
 
-async def test_a_body_must_say_that_it_is_json(client: httpx.AsyncClient, generator: FakeGenerator) -> None:
+async def test_a_body_must_say_that_it_is_json(client: httpx2.AsyncClient, generator: FakeGenerator) -> None:
     """As a web page of another origin, which may send anything but that, could else use a server on this machine."""
     content = json.dumps({"messages": USER})
     for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}):
@@ -540,7 +540,7 @@ async def test_a_body_must_say_that_it_is_json(client: httpx.AsyncClient, genera
     assert not generator.requests
 
 
-async def test_too_long_for_the_context_carries_openais_code(client: httpx.AsyncClient) -> None:
+async def test_too_long_for_the_context_carries_openais_code(client: httpx2.AsyncClient) -> None:
     error = await refused(client, CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert "8192" in error["message"]
@@ -548,7 +548,7 @@ async def test_too_long_for_the_context_carries_openais_code(client: httpx.Async
     assert error["code"] == "context_length_exceeded"
 
 
-async def test_too_long_for_the_memory_is_refused_too(client: httpx.AsyncClient, generator: FakeGenerator) -> None:
+async def test_too_long_for_the_memory_is_refused_too(client: httpx2.AsyncClient, generator: FakeGenerator) -> None:
     generator.max_kv_tokens = 64
     error = await refused(client, TEXT, {"prompt": [5] * 64})
     assert "64" in error["message"]
@@ -556,14 +556,14 @@ async def test_too_long_for_the_memory_is_refused_too(client: httpx.AsyncClient,
     assert generator.requests[0].sampling.max_tokens == 4, "the default shrinks to what is left"
 
 
-async def test_an_unknown_model_is_openais_404(client: httpx.AsyncClient) -> None:
+async def test_an_unknown_model_is_openais_404(client: httpx2.AsyncClient) -> None:
     for path in (CHAT, TEXT, "/tokenize"):
         error = await refused(client, path, {"model": "gpt-5", "messages": USER, "prompt": "x"}, 404)
         assert (error["code"], error["param"]) == ("model_not_found", "model")
         assert "gpt-5" in error["message"]
 
 
-async def test_the_answer_carries_the_name_that_was_asked_for(client: httpx.AsyncClient) -> None:
+async def test_the_answer_carries_the_name_that_was_asked_for(client: httpx2.AsyncClient) -> None:
     assert (await chat(client, model="alias"))["model"] == "alias"
     assert (await chat(client, model=""))["model"] == "small"
 
@@ -581,7 +581,7 @@ FAILURES: list[tuple[Exception, int, str | None]] = [
 @pytest.mark.parametrize(("error", "status", "code"), FAILURES, ids=lambda case: type(case).__name__)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_failures_before_the_first_token_have_their_status(
-    client: httpx.AsyncClient, generator: FakeGenerator, error: Exception, status: int, code: str | None, stream: bool
+    client: httpx2.AsyncClient, generator: FakeGenerator, error: Exception, status: int, code: str | None, stream: bool
 ) -> None:
     generator.error = error
     response = await client.post(CHAT, json={"messages": USER, "stream": stream, "n": 2})
@@ -595,7 +595,9 @@ async def test_failures_before_the_first_token_have_their_status(
     assert generator.open == 0
 
 
-async def test_failures_after_the_first_token_are_an_event(client: httpx.AsyncClient, generator: FakeGenerator) -> None:
+async def test_failures_after_the_first_token_are_an_event(
+    client: httpx2.AsyncClient, generator: FakeGenerator
+) -> None:
     generator.error, generator.error_at = InstanceError("decode-0 died"), 3
     response = await client.post(CHAT, json={"messages": USER, "stream": True})
     assert response.status_code == 200
@@ -631,7 +633,7 @@ async def test_a_generator_that_ends_without_a_last_token_is_an_error(tokens: To
 # -- edge ------------------------------------------------------------------------------------------------------------
 
 
-async def test_request_ids_are_echoed_or_made(client: httpx.AsyncClient) -> None:
+async def test_request_ids_are_echoed_or_made(client: httpx2.AsyncClient) -> None:
     named = await client.post(CHAT, json={"messages": USER}, headers={"x-request-id": "my-id-1"})
     assert named.headers["x-request-id"] == "my-id-1"
     assert named.json()["id"] == "chatcmpl-my-id-1"
@@ -676,14 +678,14 @@ async def test_large_bodies_are_refused(generator: FakeGenerator, tokens: Tokeni
     assert counted.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_unknown_routes_and_methods_have_openais_body(client: httpx.AsyncClient) -> None:
+async def test_unknown_routes_and_methods_have_openais_body(client: httpx2.AsyncClient) -> None:
     missing = await client.get("/v1/embeddings")
     assert (missing.status_code, missing.json()["error"]["message"]) == (404, "There is no GET /v1/embeddings here.")
     wrong = await client.get(CHAT)
     assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "invalid_request_error")
 
 
-async def test_health_says_which_phase_is_missing(client: httpx.AsyncClient, generator: FakeGenerator) -> None:
+async def test_health_says_which_phase_is_missing(client: httpx2.AsyncClient, generator: FakeGenerator) -> None:
     ready = await client.get("/health")
     assert (ready.status_code, ready.json()["status"]) == (200, "ok")
     assert (await client.get("/ping")).status_code == 200
@@ -714,7 +716,7 @@ async def test_models_version_and_metrics(generator: FakeGenerator, tokens: Toke
 # -- /tokenize and /detokenize ---------------------------------------------------------------------------------------
 
 
-async def test_tokenize_and_back(client: httpx.AsyncClient, tokens: Tokenizer) -> None:
+async def test_tokenize_and_back(client: httpx2.AsyncClient, tokens: Tokenizer) -> None:
     ids = tokens.encode("hello world")
     found = (await client.post("/tokenize", json={"prompt": "hello world"})).json()
     assert found == {"count": len(ids), "max_model_len": 8192, "tokens": ids, "token_strs": None}
@@ -723,7 +725,7 @@ async def test_tokenize_and_back(client: httpx.AsyncClient, tokens: Tokenizer) -
     assert (await client.post("/detokenize", json={"tokens": ids})).json() == {"prompt": "hello world"}
 
 
-async def test_tokenize_a_chat(client: httpx.AsyncClient, generator: FakeGenerator) -> None:
+async def test_tokenize_a_chat(client: httpx2.AsyncClient, generator: FakeGenerator) -> None:
     await chat(client)
     found = (await client.post("/tokenize", json={"model": "small", "messages": USER})).json()
     assert found["tokens"] == generator.requests[0].prompt
@@ -731,11 +733,11 @@ async def test_tokenize_a_chat(client: httpx.AsyncClient, generator: FakeGenerat
     assert bare["count"] < found["count"]
 
 
-async def test_tokenize_counts_beyond_the_context(client: httpx.AsyncClient) -> None:
+async def test_tokenize_counts_beyond_the_context(client: httpx2.AsyncClient) -> None:
     assert (await client.post("/tokenize", json={"prompt": "x " * 20_000})).json()["count"] > 8192
 
 
-async def test_tokenize_refuses(client: httpx.AsyncClient) -> None:
+async def test_tokenize_refuses(client: httpx2.AsyncClient) -> None:
     assert (await refused(client, "/tokenize", {}))["param"] == "prompt"
     assert (await refused(client, "/tokenize", {"prompt": 3}))["param"] == "prompt"
     assert (await refused(client, "/detokenize", {}))["param"] == "tokens"

@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 
-import httpx
+import httpx2
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -22,8 +22,8 @@ def make_app(generator: Generator, tokens: Tokenizer, options: ApiOptions | None
     return build_app(generator, tokens, options or ApiOptions(MODELS))
 
 
-def in_process(app: ASGIApp) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+def in_process(app: ASGIApp) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test")
 
 
 @contextlib.asynccontextmanager
