@@ -4,7 +4,7 @@ PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 # Kernels are compiled and demo weights fetched where the code for it exists; both are cached outside the tree.
-KERNELS := $(wildcard src/distserve/engine/kernels/*.c src/distserve/engine/kernels/*.py)
+KERNELS := $(wildcard src/distserve/engine/kernels/*.[ch] src/distserve/engine/kernels/*.py src/distserve/transfer/copying.* src/distserve/native.py)
 HUB := $(wildcard src/distserve/engine/hub.py)
 PEER := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
@@ -55,6 +55,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.kernels: $(VENV)/.installed $(KERNELS)
 	@test -z "$(KERNELS)" || $(BIN)/python -m distserve.engine.kernels
+	@test -z "$(KERNELS)" || $(BIN)/python -m distserve.transfer.copying
 	@touch $@
 
 $(VENV)/.weights: $(VENV)/.installed $(HUB)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from distserve.engine import kernels
 from distserve.engine.kernels import bindings
-from distserve.engine.kernels.build import BuildError, build, find_compiler
+from distserve.engine.kernels.build import build
 from distserve.errors import UsageError
+from distserve.native import BuildError, find_compiler
 
 DTYPES = [torch.float32, torch.bfloat16]
 

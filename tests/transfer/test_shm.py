@@ -84,6 +84,20 @@ async def test_a_damaged_block_is_noticed(memory: SharedMemory, source: ShmSourc
     assert caught.value.reason == "digest"
 
 
+async def test_blocks_in_another_order_are_noticed(source: ShmSource, transport: ShmTransport) -> None:
+    promised = handle(source, [3, 4])
+    with pytest.raises(PullError) as caught:
+        await transport.pull(replace(promised, blocks=(4, 3)), [0, 1])
+    assert caught.value.reason == "digest"
+
+
+async def test_a_block_that_the_source_does_not_have_is_not_read(source: ShmSource, transport: ShmTransport) -> None:
+    for wrong in (NUM_BLOCKS, -1):
+        with pytest.raises(PullError, match="does not have") as caught:
+            await transport.pull(replace(handle(source, [3]), blocks=(wrong,)), [0])
+        assert caught.value.reason == "stale"
+
+
 async def test_an_epoch_that_is_over_is_not_read(source: ShmSource, transport: ShmTransport) -> None:
     promised = handle(source, [3], epoch=5)
     await transport.connect(promised.source)

@@ -38,7 +38,7 @@ class KVHandle:
     num_tokens: int  # tokens whose KV the blocks hold
     blocks: tuple[int, ...]
     generations: tuple[int, ...]  # of each block when the handle was made
-    digest: tuple[int, ...]  # xxh3-64 of each block's bytes
+    digest: tuple[int, ...]  # of each block's bytes, as copying.py defines it
 
 
 class Source(Protocol):

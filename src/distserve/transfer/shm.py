@@ -2,7 +2,7 @@
 
 The generations of the source's blocks lie in shared memory too, and its scheduler moves them as it frees blocks. A pull
 copies, then compares: whatever was freed while it was being read shows another generation, whatever was damaged another
-digest. It knows no scheduler and no message: who may free what, and when, is `sched/` and `serve/`.
+digest (`copying.py`). It knows no scheduler and no message: who may free what, and when, is `sched/` and `serve/`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import xxhash
-from numpy.typing import NDArray
 
 from distserve.errors import PullError
 from distserve.specs import KVLayout
+from distserve.transfer import copying
 from distserve.transfer.base import KVHandle, KVSource
 from distserve.transfer.memory import SharedMemory, attach
 
-Bytes = NDArray[np.uint8]
 Stage = Callable[[list[int]], None]  # moves blocks between the device and its host copy; nothing to do on a CPU
-
-
-def _digest(block: Bytes) -> int:
-    return xxhash.xxh3_64_intdigest(block.data)
 
 
 class ShmSource:
@@ -34,6 +28,7 @@ class ShmSource:
     def __init__(self, memory: SharedMemory, num_blocks: int, layout: KVLayout, stage: Stage | None = None) -> None:
         self._memory = memory
         self._stage = stage
+        self._copying = copying.load()
         self._counts = SharedMemory(8 * num_blocks)
         self.generations = self._counts.buffer.cast("Q")
         self._blocks = _as_blocks(memory.buffer, num_blocks, layout)
@@ -42,7 +37,7 @@ class ShmSource:
     def publish(self, blocks: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self._stage is not None:
             self._stage(blocks)
-        return tuple(self.generations[b] for b in blocks), tuple(_digest(self._blocks[b]) for b in blocks)
+        return tuple(self.generations[b] for b in blocks), self._copying.digests(self._blocks, blocks)
 
     def close(self) -> None:
         self._counts.close()
@@ -69,6 +64,7 @@ class ShmTransport:
         self._own = _as_blocks(memory.buffer, num_blocks, layout)
         self._layout = layout
         self._stage = stage
+        self._copying = copying.load()
         self._attached: dict[tuple[str, int], _Attached] = {}
         self._over: set[tuple[str, int]] = set()
         self._thread = ThreadPoolExecutor(1, "pull")
@@ -98,16 +94,14 @@ class ShmTransport:
         return len(targets) * self._layout.block_bytes
 
     def _read(self, attached: _Attached, handle: KVHandle, into: list[int]) -> None:
-        """Copies block by block and hashes each copy while it is still in the cache."""
-        damaged = False
-        for source, target, digest in zip(handle.blocks, into, handle.digest, strict=True):
-            block = self._own[target]
-            np.copyto(block, attached.blocks[source])
-            damaged |= _digest(block) != digest
+        """Copies, with digests of what was copied; then looks whether that is what was promised."""
+        if not all(0 <= block < len(attached.blocks) for block in handle.blocks):
+            raise PullError(f"{handle.source.instance} promised blocks {handle.blocks} that it does not have", "stale")
+        found = self._copying.copy(attached.blocks, handle.blocks, self._own, into)
         # Generations first: a block that was reused under the reader has another digest, too, but is not damage.
         if any(attached.generations[b] != g for b, g in zip(handle.blocks, handle.generations, strict=True)):
             raise PullError(f"{handle.source.instance} reused the blocks of request {handle.request}", "generation")
-        if damaged:
+        if found != handle.digest:
             raise PullError(
                 f"the KV of request {handle.request} is not what {handle.source.instance} computed", "digest"
             )
@@ -123,7 +117,7 @@ class ShmTransport:
         self._attached.clear()
 
 
-def _as_blocks(buffer: memoryview, num_blocks: int, layout: KVLayout) -> Bytes:
+def _as_blocks(buffer: memoryview, num_blocks: int, layout: KVLayout) -> copying.Bytes:
     """[num_blocks, block_bytes] over `buffer`."""
     size = num_blocks * layout.block_bytes
     return np.frombuffer(buffer, np.uint8, count=size).reshape(num_blocks, layout.block_bytes)

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distserve.engine.kernels.build import BuildError, build
+from distserve.engine.kernels.build import build
 from distserve.errors import UsageError
+from distserve.native import BuildError
 
 log = logging.getLogger(__name__)
 

@@ -1,21 +1,10 @@
-"""Compiles the CPU kernels with the machine's own C compiler, once: the result is cached by a hash of everything that
-shapes it. Knows nothing of what the kernels compute.
-
-Several processes may build at once: each compiles to a name of its own and renames it into place.
-"""
+"""Which files the CPU kernels are made of, and with which flags; how a library comes to be is `native`'s business."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from distserve import native
 
 SOURCES = (
     "kernels.c",
@@ -29,74 +18,8 @@ SOURCES = (
     "attention_vectors.h",
     "pointwise.h",
 )
-_COMMON = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
-# tried in order: what a compiler or its libraries lack costs speed, not the kernels
-FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-
-
-class BuildError(Exception):
-    """The kernels cannot be compiled here; the message says why and what to do."""
 
 
 def build() -> Path:
-    """The compiled library, from the cache or made now (some seconds). Raises `BuildError`."""
-    compiler = find_compiler()
-    target = _cache() / f"{_digest(compiler)}.so"
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / "kernels.so"
-            _compile(compiler, made)
-            os.replace(made, target)
-    except OSError as error:
-        raise BuildError(f"cannot write the kernel cache {target.parent}: {error}; set XDG_CACHE_HOME") from error
-    return target
-
-
-def find_compiler() -> str:
-    """$CC, or the first of cc, gcc, clang. Raises `BuildError`."""
-    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
-        path = shutil.which(name) if name else None
-        if path is not None:
-            return path
-    raise BuildError("no C compiler found; install gcc or clang (for example: apt install gcc)")
-
-
-def _compile(compiler: str, target: Path) -> None:
-    source = Path(__file__).with_name("kernels.c")
-    errors = ""
-    for flags in FLAGS:
-        command = [compiler, *_COMMON, *flags, str(source), "-o", str(target), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            log.info("compiled the CPU kernels: %s", " ".join(command))
-            return
-        errors = errors or done.stderr.strip()
-    raise BuildError(f"{compiler} cannot compile the kernels: {errors.splitlines()[0] if errors else 'no message'}")
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "distserve" / "kernels"
-
-
-def _digest(compiler: str) -> str:
-    """Of the sources, the flags, the compiler and the processor: a home folder may be shared by unlike machines."""
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
-    status = os.stat(compiler)
-    digest.update(repr((_COMMON, FLAGS, os.path.realpath(compiler), status.st_size, status.st_mtime_ns)).encode())
-    digest.update(repr((platform.system(), platform.machine(), _processor())).encode())
-    return digest.hexdigest()[:24]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+    """The compiled kernels. Raises `native.BuildError`."""
+    return native.build(Path(__file__).parent, SOURCES, native.THREADED)
