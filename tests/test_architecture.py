@@ -19,8 +19,20 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "distserve"
 
 ENTRIES = {"__init__", "__main__", "cli"}  # where users come in: they may import anything, and nobody imports them
-NOUNS = {"errors", "gguf_head", "native", "request", "specs", "workload", "traces", "plan", "placement", "metrics"}
-NOUNS |= {"catalogue", "cluster"}
+NOUNS = {
+    "errors",
+    "gguf_head",
+    "native",
+    "request",
+    "specs",
+    "workload",
+    "traces",
+    "plan",
+    "placement",
+    "metrics",
+    "catalogue",
+    "cluster",
+}
 
 # room: (rooms and modules it may import beside itself and the nouns it may use, those nouns)
 ROOMS: Final = {

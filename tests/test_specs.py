@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from tests.engine.support import make_checkpoint
 
 from distserve.errors import ModelError
@@ -72,6 +74,45 @@ def test_parameters_are_those_that_transformers_counts(changes: dict[str, Any], 
     model = make_checkpoint(tmp_path, **changes)
     spec = ModelSpec.from_config(json.loads((tmp_path / "config.json").read_text()))
     assert spec.num_parameters == model.num_parameters()
+
+
+SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+OTHERS: dict[str, dict[str, Any]] = {
+    "OPT": {**SMALL, "ffn_dim": 160, "word_embed_proj_dim": 64, "max_position_embeddings": 40},
+    "GPT2": {"vocab_size": 96, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 40},
+    "Qwen2": {**SMALL, "intermediate_size": 160, "num_key_value_heads": 2},
+    "Qwen3": {**SMALL, "intermediate_size": 160, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_families_that_are_planned_only_count_as_transformers_does(family: str) -> None:
+    """Also what `to_dict` writes is read: that is what a saved config.json holds."""
+    config = getattr(transformers, f"{family}Config")(**OTHERS[family])
+    with torch.device("meta"):
+        model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config)
+    spec = ModelSpec.from_config(json.loads(config.to_json_string(use_diff=False)))
+    assert spec.num_parameters == model.num_parameters()
+    assert spec.max_model_len == config.max_position_embeddings
+    assert spec.family == family.lower()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32}, "opt-350m"),
+        ({"model_type": "opt", "ffn_dim": 64, "enable_bias": False}, "without biases"),
+        (
+            {"model_type": "opt", "ffn_dim": 64, "activation_function": "silu"},
+            "'silu'; supported for its family: 'relu'",
+        ),
+        ({"model_type": "qwen2", "intermediate_size": 64, "use_sliding_window": True}, "some of its layers"),
+        ({"model_type": "gpt2"}, "no number 'intermediate_size'"),
+    ],
+)
+def test_what_the_numbers_cannot_describe_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        ModelSpec.from_config({**SMALL, "n_inner": "x", **changes})
 
 
 def test_rope_is_read_in_both_notations() -> None:

@@ -13,8 +13,24 @@ from distserve.errors import ModelError
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-# `model_type` of a Hugging Face configuration -> the module of `engine/models/` that computes it.
-FAMILIES = {"llama": "llama", "mistral": "llama"}
+# `model_type` of a Hugging Face configuration -> its family: the name of a module of `engine/models/`, where that is
+# written. A model whose family has none can be planned, but not served.
+FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "opt": "opt", "gpt2": "gpt2"}
+
+# Where a model type says it in other words than most: its key -> the common one.
+_WORDS = {
+    "opt": {"ffn_dim": "intermediate_size", "activation_function": "hidden_act"},
+    "gpt2": {
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "n_positions": "max_position_embeddings",
+        "layer_norm_epsilon": "rms_norm_eps",
+        "activation_function": "hidden_act",
+    },
+}
+_ACTIVATIONS = {"opt": ("relu",), "gpt2": ("gelu_new", "gelu", "gelu_pytorch_tanh")}  # of families that are not gated
 
 Config = Mapping[str, Any]  # a parsed config.json, or a GGUF file's metadata
 
@@ -61,8 +77,13 @@ class ModelSpec:
     rope_scaling: Mapping[str, Any] | None = None  # Hugging Face's words: rope_type, factor, ...
     sliding_window: int | None = None  # a token attends to this many last ones, itself included
     tied_embeddings: bool = False  # the output head is the embedding
-    attention_bias: bool = False
+    attention_bias: bool = False  # of queries, keys, values and output
+    qkv_bias: bool = False  # of queries, keys and values only
+    qk_norm: bool = False  # an RMS norm of each head's queries and keys
     mlp_bias: bool = False
+    gated_mlp: bool = True  # three matrices (gate, up, down); else two (up, down)
+    layer_norm: bool = False  # norms have a bias, too (LayerNorm); else RMS norms
+    position_rows: int = 0  # rows of the table of learned positions; 0: rotary
     dtype: str = "bfloat16"  # the checkpoint's own
     eos_token_ids: tuple[int, ...] = ()
 
@@ -80,11 +101,27 @@ class ModelSpec:
 
     @property
     def num_parameters(self) -> int:
+        per_norm = self.hidden_size * (2 if self.layer_norm else 1)
+        tables = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        positions = self.position_rows * self.hidden_size
+        return tables + positions + self.num_layers * (self.layer_matrices + self.layer_vectors) + per_norm
+
+    @property
+    def layer_matrices(self) -> int:
+        """Parameters of one layer's matrices, which ranks of a tensor-parallel group share."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * q + 2 * kv) + (q + 2 * kv + self.hidden_size if self.attention_bias else 0)
-        mlp = 3 * self.hidden_size * self.ffn_size + (2 * self.ffn_size + self.hidden_size if self.mlp_bias else 0)
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return embeddings + self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
+        return self.hidden_size * (2 * q + 2 * kv + (3 if self.gated_mlp else 2) * self.ffn_size)
+
+    @property
+    def layer_vectors(self) -> int:
+        """Parameters of one layer's biases and norms."""
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        count = 2 * self.hidden_size * (2 if self.layer_norm else 1) + (2 * self.head_dim if self.qk_norm else 0)
+        if self.attention_bias or self.qkv_bias:
+            count += qkv + (self.hidden_size if self.attention_bias else 0)
+        if self.mlp_bias:
+            count += (2 if self.gated_mlp else 1) * self.ffn_size + self.hidden_size
+        return count
 
     def weight_bytes(self, dtype: str) -> int:
         return self.num_parameters * DTYPE_BYTES[dtype]
@@ -97,9 +134,12 @@ class ModelSpec:
         """From a Hugging Face config.json; `generation`, its generation_config.json, knows more end-of-sequence tokens.
         Raises `ModelError` where a family or a feature is not supported, or a number is missing."""
         family = _family(config)
+        config = _common_words(config)
         heads, hidden = _number(config, "num_attention_heads"), _number(config, "hidden_size")
         rope, theta = _rope(config)
-        _refuse(config)
+        _refuse(config, family)
+        old = family in _ACTIVATIONS  # as transformers were in 2019: learned positions, biases, LayerNorm, not gated
+        context = int(config.get("max_position_embeddings") or 2048)
         return cls(
             family=family,
             num_layers=_number(config, "num_hidden_layers"),
@@ -109,14 +149,19 @@ class ModelSpec:
             hidden_size=hidden,
             ffn_size=_number(config, "intermediate_size"),
             vocab_size=_number(config, "vocab_size"),
-            max_model_len=_context(int(config.get("max_position_embeddings") or 2048), rope),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            max_model_len=_context(context, rope),
+            norm_eps=float(config.get("rms_norm_eps", 1e-5 if old else 1e-6)),
             rope_theta=theta,
             rope_scaling=rope,
             sliding_window=config.get("sliding_window", 4096) if config["model_type"] == "mistral" else None,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            tied_embeddings=bool(config.get("tie_word_embeddings", old)),
+            attention_bias=old or bool(config.get("attention_bias", False)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            mlp_bias=old or bool(config.get("mlp_bias", False)),
+            gated_mlp=not old,
+            layer_norm=old,
+            position_rows=0 if not old else context + (2 if family == "opt" else 0),  # OPT's first two pad
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
             eos_token_ids=_ids(config.get("eos_token_id"), (generation or {}).get("eos_token_id")),
         )
@@ -168,26 +213,45 @@ class ModelSpec:
 
 def _family(config: Config) -> str:
     model_type = config.get("model_type")
-    supported = ", ".join(sorted(FAMILIES))
     if model_type not in FAMILIES:
-        raise ModelError(
-            f"the checkpoint is of model type {model_type!r}, which is not among the supported: {supported}"
-        )
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError(f"the checkpoint is of model type {model_type!r}, which is not among the known: {known}")
     architectures = config.get("architectures") or []
     if architectures and not any(a.endswith("ForCausalLM") for a in architectures):
         raise ModelError(f"the checkpoint is a {architectures[0]}, which does not generate text; name a ...ForCausalLM")
     return FAMILIES[model_type]
 
 
-def _refuse(config: Config) -> None:
+def _common_words(config: Config) -> Config:
+    """The configuration in the words that most families use."""
+    words = _WORDS.get(config["model_type"], {})
+    common = {words.get(key, key): value for key, value in config.items()}
+    if config["model_type"] == "gpt2" and common.get("intermediate_size") is None and "hidden_size" in common:
+        common["intermediate_size"] = 4 * common["hidden_size"]
+    return common
+
+
+def _refuse(config: Config, family: str) -> None:
     """What would load and answer wrongly."""
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ModelError(
             f"the checkpoint is quantized ({method}), which is not supported; take the original or a GGUF file"
         )
-    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ModelError(f"the checkpoint's activation is {act!r}; supported for its family: 'silu'")
+    known = _ACTIVATIONS.get(family, ("silu", "swish"))
+    if (act := config.get("hidden_act", known[0])) not in known:
+        raise ModelError(f"the checkpoint's activation is {act!r}; supported for its family: {known[0]!r}")
+    if config.get("use_sliding_window") and family in ("qwen2", "qwen3"):
+        raise ModelError("the checkpoint attends to a window in some of its layers only, which is not supported")
+    if family == "opt":
+        width = config.get("word_embed_proj_dim", config.get("hidden_size"))
+        if width != config.get("hidden_size") or not config.get("do_layer_norm_before", True):
+            raise ModelError(
+                "the checkpoint projects its embeddings or normalises after each block (as opt-350m does), which is "
+                "not supported; take another size of OPT"
+            )
+        if not config.get("enable_bias", True) or config.get("_remove_final_layer_norm"):
+            raise ModelError("the checkpoint is an OPT without biases or without a last norm; take one of Meta's own")
 
 
 def _number(config: Config, key: str) -> int:

@@ -57,7 +57,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken configuration": (lambda f: truncate(f / "config.json", 0.5), "is not valid JSON"),
     "unknown family": (
         lambda f: edit_config(f, model_type="mamba"),
-        "'mamba', which is not among the supported: llama",
+        "'mamba', which is not among the known: gpt2, llama",
+    ),
+    "family not written yet": (
+        lambda f: edit_config(f, model_type="qwen2"),
+        "the family 'qwen2' can be planned, but not served yet; served: llama",
     ),
     "not a generator": (
         lambda f: edit_config(f, architectures=["LlamaForSequenceClassification"]),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,27 @@ def resolve(model: str) -> Path:
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """What the checkpoint at `path` (from `resolve`) is. Raises `ModelError`."""
+    """What the checkpoint at `path` (from `resolve`) is. Raises `ModelError`, also where no module computes it."""
     if path.is_file():
         file = GGUFFile(path)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         return ModelSpec.from_gguf(file.metadata, shapes, file.vector("rope_freqs.weight"))
     generation = path / "generation_config.json"
-    return ModelSpec.from_config(
+    spec = ModelSpec.from_config(
         _read_json(path / "config.json"), _read_json(generation) if generation.exists() else None
     )
+    if spec.family not in (served := _served()):
+        raise ModelError(
+            f"models of the family {spec.family!r} can be planned, but not served yet; served: {', '.join(served)}"
+        )
+    return spec
+
+
+def _served() -> list[str]:
+    """Families with a module in `engine/models/`."""
+    files = resources.files("distserve").joinpath("engine", "models").iterdir()
+    names = sorted(file.name.removesuffix(".py") for file in files if file.name.endswith(".py"))
+    return [name for name in names if name not in ("__init__", "base")]
 
 
 def sampling_defaults(path: Path) -> dict[str, float]:
