@@ -18,8 +18,8 @@ class InstanceConfig:
     name: str
     role: Role
     epoch: int
-    gateway: str  # ZeroMQ address of the switchboard
-    notices: str  # ZeroMQ address at which this instance takes pulled notices
+    gateway: str  # path of the switchboard's socket
+    notices: str  # path of the socket at which this instance takes pulled notices
     engine: EngineOptions
     policy: Policy = Policy.CHUNKED  # colocated only
     max_batch_tokens: int | None = None  # tokens of a batch (colocated, chunked: of a step); None: the knee, measured

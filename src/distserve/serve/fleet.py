@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import zmq
-
 from distserve.errors import DistserveError, UsageError
 from distserve.plan import Role
 from distserve.serve.config import InstanceConfig, encode_config
@@ -49,8 +47,7 @@ class Fleet:
 
     def __init__(self, starts: list[Start], on_loading: Callable[[RemoteInstance, Loading], None]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="distserve-"))  # mode 0700: nobody else may speak to the instances
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._switchboard = Switchboard(self._context, f"ipc://{self._folder}/gateway")
+        self._switchboard = Switchboard(f"{self._folder}/gateway")
         self._forks = ForkSpawner(_environ(1))  # one thread until the fork; each fork then takes its own cores
         self.remotes = [RemoteInstance(start.name, start.role, time.monotonic) for start in starts]
         self.supervisors = [self._supervisor(*pair) for pair in zip(self.remotes, starts, strict=True)]
@@ -63,7 +60,7 @@ class Fleet:
 
     def _supervisor(self, remote: RemoteInstance, start: Start) -> Supervisor:
         def configure(epoch: int) -> bytes:
-            notices = f"ipc://{self._folder}/{start.name}.{epoch}"
+            notices = f"{self._folder}/{start.name}.{epoch}"
             return encode_config(start.configure(epoch, self._switchboard.address, notices))
 
         if start.forkable and sys.platform == "linux" and os.environ.get("DISTSERVE_FORK") != "off":
@@ -80,8 +77,8 @@ class Fleet:
             remote.on_timing = telemetry.observe_timing
             supervisor.on_restart = telemetry.restarts.labels(telemetry.model, remote.name, remote.role).inc
 
-    def start(self) -> None:
-        self._switchboard.start()
+    async def start(self) -> None:
+        await self._switchboard.start()
         timers: list[Callable[[], Awaitable[None]]] = [self._watch, self._audit]
         runs = [supervisor.run for supervisor in self.supervisors]
         self._tasks = [asyncio.ensure_future(work()) for work in (*timers, *runs)]
@@ -105,7 +102,6 @@ class Fleet:
         self._tasks = []
         await self._forks.close()
         self._switchboard.close()
-        self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _watch(self) -> None:

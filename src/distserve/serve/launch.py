@@ -12,13 +12,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distserve.plan import Plan, Policy, Role, default_plan
+from distserve.plan import Plan, Role, default_plan
 from distserve.sched.base import Scheduler
 from distserve.sched.blocks import BlockPool
 from distserve.serve.config import InstanceConfig
@@ -110,7 +109,7 @@ async def _serve(
     gateway = Gateway(fleet.remotes, Router(admission), telemetry, time.monotonic, max_model_len=context)
     fleet.on_change = gateway.changed
     fleet.observe(telemetry)
-    fleet.start()
+    await fleet.start()
     try:
         tokenizer = await asyncio.to_thread(load_tokenizer, path)
         api = ApiOptions(
@@ -203,21 +202,10 @@ def _executor(
 
 
 def _scheduler(config: InstanceConfig, pool: BlockPool, knee: int | None) -> Scheduler:
-    from distserve.sched.colocated import colocated_scheduler
-    from distserve.sched.decode import DecodeScheduler
-    from distserve.sched.prefill import PrefillScheduler
+    from distserve.sched.roles import Policies, scheduler_for
 
-    if config.role is Role.PREFILL:
-        return PrefillScheduler(pool, replace(config.prefill, max_batch_tokens=knee or config.prefill.max_batch_tokens))
-    if config.role is Role.DECODE:
-        return DecodeScheduler(pool, config.decode)
-    policy = config.colocated
-    if config.policy is Policy.PREFILL_FIRST:
-        policy = replace(policy, policy="prefill-first", max_batch_tokens=knee or policy.max_batch_tokens)
-    else:
-        tokens = max(knee or policy.chunk_tokens, policy.max_batch_size)
-        policy = replace(policy, policy="chunked", chunk_tokens=tokens)
-    return colocated_scheduler(pool, policy)
+    policies = Policies(config.prefill, config.decode, config.colocated)
+    return scheduler_for(config.role, pool, policies, policy=config.policy, batch_tokens=knee)
 
 
 if __name__ == "__main__":

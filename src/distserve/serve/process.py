@@ -17,14 +17,12 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
-import zmq
-
 from distserve.engine.base import Executor
 from distserve.errors import UsageError
 from distserve.sched.base import Scheduler
 from distserve.serve.config import InstanceConfig, decode_config
-from distserve.serve.endpoint import Endpoint
 from distserve.serve.instance import InstanceLoop, Wiring
+from distserve.serve.line import Caller, Line, connect, listen
 from distserve.serve.messages import Fatal, Loading, Pulled, Ready, ToGateway, decode_to_instance, encode
 from distserve.serve.supervisor import BEAT
 from distserve.serve.switchboard import identity
@@ -33,7 +31,7 @@ from distserve.transfer.base import KVSource, Source, Transport
 
 log = logging.getLogger(__name__)
 
-FAREWELL = 1000  # milliseconds that last words may take to leave
+FAREWELL = 1.0  # seconds that last words may take to leave
 
 
 class SharingExecutor(Executor, Protocol):
@@ -91,20 +89,23 @@ def _die_with_parent() -> None:
 class _Process:
     def __init__(self, config: InstanceConfig) -> None:
         self._config = config
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._line = Endpoint(self._context, zmq.DEALER, self._receive)
-        self._notices = Endpoint(self._context, zmq.PULL, self._receive)
-        self._notified: dict[str, Endpoint] = {}
+        self._line: Line | None = None  # to the gateway
+        self._callers: dict[str, Caller] = {}  # to the sources of pulled KV, by their address for notices
         self._loop: InstanceLoop | None = None
 
     async def run(self, build: Build, life_line: BinaryIO | None) -> int:
         config = self._config
-        self._line.connect(config.gateway, identity(config.name, config.epoch))
-        self._line.start()
-        self._notices.bind(config.notices)
+        try:
+            self._line = await connect(config.gateway, self._receive)
+        except OSError as error:
+            log.warning("the gateway is gone (%s); leaving", error)
+            return 0
+        self._line.send(identity(config.name, config.epoch))
+        notices = await listen(config.notices, lambda: Line(self._receive))
         orphaned = asyncio.create_task(_pipe_end(life_line))
+        cut_off = asyncio.create_task(self._line.lost.wait())
         work = asyncio.create_task(self._work(build))
-        await asyncio.wait((orphaned, work), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((orphaned, cut_off, work), return_when=asyncio.FIRST_COMPLETED)
         try:
             if not work.done():
                 log.warning("the gateway is gone; leaving")
@@ -114,10 +115,12 @@ class _Process:
             return work.result()
         finally:
             orphaned.cancel()
-            for endpoint in (self._notices, *self._notified.values()):
-                endpoint.close()
-            self._line.close(FAREWELL)
-            self._context.term()
+            for caller in self._callers.values():
+                caller.close()
+            notices.close()
+            self._line.close()
+            await asyncio.wait((cut_off,), timeout=FAREWELL)
+            cut_off.cancel()
 
     async def _work(self, build: Build) -> int:
         config = self._config
@@ -134,7 +137,6 @@ class _Process:
         wiring = Wiring(source, parts.publisher, parts.transport, self._send, self._notify)
         self._loop = InstanceLoop(parts.scheduler, parts.executor, wiring, time.monotonic)
         executor = parts.executor
-        self._notices.start()
         self._send(
             Ready(config.epoch, source, executor.num_blocks, executor.block_size, executor.max_model_len, os.getpid())
         )
@@ -155,22 +157,23 @@ class _Process:
             await asyncio.sleep(BEAT)
 
     def _send(self, message: ToGateway) -> None:
-        self._line.send(encode(message))
+        assert self._line is not None
+        if not self._line.closed:  # else the gateway is gone, and this process is about to leave
+            self._line.send(encode(message))
 
     def _notify(self, address: str, notice: Pulled) -> None:
-        """One socket a source; where the source is gone its lease is over anyway."""
-        endpoint = self._notified.get(address)
-        if endpoint is None:
-            endpoint = self._notified[address] = Endpoint(self._context, zmq.PUSH)
-            endpoint.connect(address)
+        """One line a source; where the source is gone its lease is over anyway."""
+        caller = self._callers.get(address)
+        if caller is None:
+            caller = self._callers[address] = Caller(address)
         try:
-            endpoint.send(encode(notice))
+            caller.send(encode(notice))
         except ConnectionError as error:
             log.warning("pulled notice not sent to %s: %s", address, error)
 
-    def _receive(self, frames: list[bytes]) -> None:
+    def _receive(self, message: bytes) -> None:
         if self._loop is not None:
-            self._loop.handle(decode_to_instance(frames[0]))
+            self._loop.handle(decode_to_instance(message))
 
 
 async def _pipe_end(pipe: BinaryIO | None) -> None:
