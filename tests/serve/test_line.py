@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distserve.plan import Role
-from distserve.serve import messages
 from distserve.serve.line import SIZE, Caller, Line, connect, listen
-from distserve.serve.messages import Beat, Load, encode
+from distserve.serve.messages import Loading, Stop, encode
 from distserve.serve.rpc import RemoteInstance
 from distserve.serve.switchboard import Switchboard, identity
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
-        await asyncio.wait_for(work, 10)
+        async with asyncio.timeout(10):
+            await work
 
     asyncio.run(bounded())
+
+
+class Inbox:
+    """Takes messages and lets a test wait for them."""
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+        self._more = asyncio.Event()
+
+    def hear(self, message: bytes) -> None:
+        self.messages.append(message)
+        self._more.set()
+
+    async def expect(self, messages: list[bytes]) -> None:
+        while len(self.messages) < len(messages):
+            self._more.clear()
+            await self._more.wait()
+        assert self.messages == messages
 
 
 @given(st.lists(st.binary(max_size=40)), st.lists(st.integers(0, 200)))
@@ -32,7 +51,7 @@ def test_messages_come_out_whole_however_they_were_portioned(sent: list[bytes], 
     received: list[bytes] = []
     line = Line(received.append)
     borders = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         line.data_received(stream[start:end])
     assert received == sent
 
@@ -41,24 +60,17 @@ def test_both_ways_in_order_and_large(tmp_path: Path) -> None:
     sent = [bytes([i % 256]) * (i * 997 % 5000) for i in range(500)] + [b"x" * (3 << 20), b"last"]
 
     async def work() -> None:
-        echoed: list[bytes] = []
-        complete = asyncio.Event()
-
-        def hear(message: bytes) -> None:
-            echoed.append(message)
-            if message == b"last":
-                complete.set()
+        echoed = Inbox()
 
         def accept() -> Line:
             line = Line(lambda message: line.send(message))
             return line
 
         server = await listen(str(tmp_path / "socket"), accept)
-        line = await connect(str(tmp_path / "socket"), hear)
+        line = await connect(str(tmp_path / "socket"), echoed.hear)
         for message in sent:
             line.send(message)
-        await complete.wait()
-        assert echoed == sent
+        await echoed.expect(sent)
         line.close()
         await line.lost.wait()
         server.close()
@@ -86,28 +98,20 @@ def test_what_was_sent_before_closing_arrives(tmp_path: Path) -> None:
 
 def test_a_caller_opens_its_line_with_the_first_message(tmp_path: Path) -> None:
     async def work() -> None:
-        received: list[bytes] = []
-        third = asyncio.Event()
+        inbox = Inbox()
         lines: list[Line] = []
 
-        def hear(message: bytes) -> None:
-            received.append(message)
-            if message == b"3":
-                third.set()
-
         def accept() -> Line:
-            lines.append(Line(hear))
+            lines.append(Line(inbox.hear))
             return lines[-1]
 
         server = await listen(str(tmp_path / "socket"), accept)
         caller = Caller(str(tmp_path / "socket"))
         caller.send(b"1")
         caller.send(b"2")
-        while len(received) < 2:
-            await asyncio.sleep(0)
+        await inbox.expect([b"1", b"2"])
         caller.send(b"3")
-        await third.wait()
-        assert received == [b"1", b"2", b"3"]
+        await inbox.expect([b"1", b"2", b"3"])
         assert len(lines) == 1
         caller.close()
         await lines[0].lost.wait()
@@ -120,8 +124,7 @@ def test_a_caller_whose_peer_is_gone_says_so(tmp_path: Path, caplog: pytest.LogC
     async def work() -> None:
         caller = Caller(str(tmp_path / "nobody"))
         caller.send(b"1")
-        while not caplog.records:
-            await asyncio.sleep(0)
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
         caller.close()
 
     run(work())
@@ -133,29 +136,27 @@ def test_the_switchboard_knows_who_calls(tmp_path: Path) -> None:
         board = Switchboard(str(tmp_path / "board"))
         await board.start()
         remote = RemoteInstance("decode-0", Role.DECODE, lambda: 7.0)
+        loading: asyncio.Queue[Loading] = asyncio.Queue()
+        remote.on_loading = loading.put_nowait
         send = board.open_line(remote, 5)
         remote.begin(5, send)
         with pytest.raises(ConnectionError, match="not connected"):
-            send(messages.Stop(5))
-        told: list[bytes] = []
-        stranger = await connect(board.address, told.append)
+            send(Stop(5))
+        inbox = Inbox()
+        stranger = await connect(board.address, inbox.hear)
         stranger.send(identity("decode-0", 4))  # an epoch that is over
         await stranger.lost.wait()
-        line = await connect(board.address, told.append)
+        line = await connect(board.address, inbox.hear)
         line.send(identity("decode-0", 5))
         line.send(b"\xc1 is no message")  # reported, and the line lives on
-        line.send(encode(Beat(5, 0.0, 0.0, Load(num_free_blocks=3))))
-        while not remote.beat_at:
-            await asyncio.sleep(0)
-        assert remote.load().num_free_blocks == 3
-        send(messages.Stop(5))
-        while not told:
-            await asyncio.sleep(0)
-        assert messages.decode_to_instance(told[0]) == messages.Stop(5)
+        line.send(encode(Loading(5, 0.5, "weights")))
+        assert await loading.get() == Loading(5, 0.5, "weights")
+        send(Stop(5))
+        await inbox.expect([encode(Stop(5))])
         board.close_line(remote, 5)
         await line.lost.wait()
         with pytest.raises(ConnectionError, match="not connected"):
-            send(messages.Stop(5))
+            send(Stop(5))
         board.close()
 
     run(work())
