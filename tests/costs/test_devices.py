@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from distserve.costs.devices import CATALOGUE, assumed_cluster, device
+from distserve.costs.devices import assumed_cluster, catalogue, device
 from distserve.errors import PlanError
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", catalogue())
 def test_numbers_are_in_their_units(name: str) -> None:
     """FLOP/s and bytes/s, not tera- and giga-: what a slip of a unit would break."""
-    found = CATALOGUE[name]
+    found = catalogue()[name]
     assert found.name == name
     assert 10e12 < found.flops < 10e15
     assert 100e9 < found.bandwidth < 20e12
@@ -20,10 +20,11 @@ def test_numbers_are_in_their_units(name: str) -> None:
     assert 1e9 < found.network_bandwidth <= 1e12
     assert 50 < found.flops / found.bandwidth < 500 or name == "h20"
     assert found.source
+    assert found.bridged == (found.link_bandwidth < 100e9)
 
 
 def test_names_are_found_in_any_case() -> None:
-    assert device("A100-80G") is CATALOGUE["a100-80g"]
+    assert device("A100-80G") is catalogue()["a100-80g"]
 
 
 @pytest.mark.parametrize(

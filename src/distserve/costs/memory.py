@@ -91,14 +91,14 @@ def kv_heads_per_rank(spec: ModelSpec, tp: int) -> int:
 
 def kv_token_bytes(spec: ModelSpec, tp: int = 1, pp: int = 1, dtype: str | None = None) -> int:
     """KV of one token on one rank of the longest stage."""
-    return stage_layers(spec, pp)[0] * 2 * kv_heads_per_rank(spec, tp) * spec.head_dim * _itemsize(spec, dtype)
+    return stage_layers(spec, pp)[0] * 2 * kv_heads_per_rank(spec, tp) * spec.head_dim * itemsize(spec, dtype)
 
 
 def weight_bytes(
     spec: ModelSpec, tp: int = 1, pp: int = 1, dtype: str | None = None, accounting: Accounting = Accounting()
 ) -> int:
     """Weights on the rank that holds most."""
-    return max(_stage_weights(spec, tp, pp, _itemsize(spec, dtype), accounting))
+    return max(_stage_weights(spec, tp, pp, itemsize(spec, dtype), accounting))
 
 
 def capacity(
@@ -114,10 +114,10 @@ def capacity(
     """What an instance of tp * pp devices with `memory` bytes each can hold. `dtype` None: the checkpoint's own.
     `kv_memory`: most bytes of KV on each device, or their share of its memory (a plan's word); None: what is left.
     Raises `PlanError` where the model cannot be divided so."""
-    itemsize = _itemsize(spec, dtype)
+    size = itemsize(spec, dtype)
     budget = (accounting.utilization - accounting.activation) * memory
-    head_bytes = 2 * kv_heads_per_rank(spec, tp) * spec.head_dim * itemsize
-    weights = _stage_weights(spec, tp, pp, itemsize, accounting)
+    head_bytes = 2 * kv_heads_per_rank(spec, tp) * spec.head_dim * size
+    weights = _stage_weights(spec, tp, pp, size, accounting)
     blocks, missing = [], []
     for layers, held in zip(stage_layers(spec, pp), weights, strict=True):
         room = budget - held
@@ -129,7 +129,7 @@ def capacity(
     return Capacity(max(weights), kv_token_bytes(spec, tp, pp, dtype), min(blocks), accounting.block_size, max(missing))
 
 
-def _stage_weights(spec: ModelSpec, tp: int, pp: int, itemsize: int, accounting: Accounting) -> list[int]:
+def _stage_weights(spec: ModelSpec, tp: int, pp: int, size: int, accounting: Accounting) -> list[int]:
     """Bytes on one rank of each stage."""
     _check(spec, tp, pp)
     hidden = spec.hidden_size
@@ -143,11 +143,12 @@ def _stage_weights(spec: ModelSpec, tp: int, pp: int, itemsize: int, accounting:
         embeds = stage == 0 or accounting.tables_everywhere
         projects = stage == pp - 1 and accounting.output_head and not (embeds and spec.tied_embeddings)
         tables = (rows + positions if embeds else 0) + (rows if projects else 0)
-        found.append(itemsize * (tables * hidden + layers * (spec.layer_matrices // tp + vectors)))
+        found.append(size * (tables * hidden + layers * (spec.layer_matrices // tp + vectors)))
     return found
 
 
-def _itemsize(spec: ModelSpec, dtype: str | None) -> int:
+def itemsize(spec: ModelSpec, dtype: str | None) -> int:
+    """Bytes of a number in `dtype`, or where that is None in the checkpoint's own."""
     wanted = spec.dtype if dtype is None else dtype
     if wanted not in DTYPE_BYTES:
         raise PlanError(f"dtype {wanted!r} is not known: give one of {', '.join(DTYPE_BYTES)}")
