@@ -119,9 +119,16 @@ class Scheduler(Protocol):
         in flight (as many as the instance has pipeline stages); a sequence is in at most one of them."""
         ...
 
-    def complete(self, batch: Batch, result: StepResult, now: float) -> Outcome:
-        """The world has executed `batch`. Batches complete in the order in which they were made. Sequences that were
-        aborted meanwhile are skipped and their blocks, kept until now because the device was writing to them, freed."""
+    def repeats(self, batch: Batch) -> int:
+        """How many times in a row `batch`, just made, would be made again if nothing but its own steps happened: no
+        arrival, no pull, no abort, no end of a sequence. At least 1. For worlds that need not live through each step
+        (a simulator); the blocks that its sequences grow into are counted."""
+        ...
+
+    def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
+        """The world has executed `batch`, `times` times in a row (at most `repeats`; `result` is the last one's).
+        Batches complete in the order in which they were made. Sequences that were aborted meanwhile are skipped and
+        their blocks, kept until now because the device was writing to them, freed."""
         ...
 
     def abort(self, sequence_id: int, now: float) -> Outcome:

@@ -70,9 +70,20 @@ class ContinuousScheduler(ABC):
     @abstractmethod
     def next_batch(self, now: float) -> Batch | None: ...
 
-    def complete(self, batch: Batch, result: StepResult, now: float) -> Outcome:
+    def repeats(self, batch: Batch) -> int:
+        running = self._running
+        if self._max_in_flight > 1 or self._starved is not None or len(batch.items) != len(running):
+            return 1
+        for sequence, n in batch.items:
+            if n != 1 or sequence.num_tokens - sequence.num_computed != 1:
+                return 1
+        return self._steps_with_room(running)
+
+    def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
         first = self._in_flight.popleft()
         assert batch.id == first.id, f"batch {batch.id} completes before batch {first.id}, which was made earlier"
+        if times > 1:
+            self._repeat(batch, times - 1)
         outcome, ended, capacity = Outcome(), result.ended, self.pool.capacity
         sampled = outcome.sampled
         for sequence, n in batch.items:
@@ -175,6 +186,34 @@ class ContinuousScheduler(ABC):
         batch = Batch(self._num_batches, items)
         self._in_flight.append(batch)
         return batch
+
+    # The same decode batch again and again
+
+    def _steps_with_room(self, running: list[Sequence]) -> int:
+        """How many steps all of `running`, which have blocks for one, may decode before a block is missing or one of
+        them is as long as the memory allows."""
+        pool = self.pool
+        block_size, num_free = pool.block_size, pool.num_free
+        longest = max(sequence.num_tokens for sequence in running)
+        limit = pool.capacity - longest + 1
+        sure = num_free // len(running) * block_size + 1  # each sequence has room for one step at least
+        if sure >= limit:
+            return max(1, limit)
+        # A sequence with `slack` free places needs its next blocks for steps slack + 2, slack + 2 + block_size, ...
+        slacks = sorted(len(sequence.blocks) * block_size - sequence.num_tokens for sequence in running)
+        rounds, left = divmod(num_free, len(running))
+        return max(1, min(limit, rounds * block_size + slacks[left] + 1))
+
+    def _repeat(self, batch: Batch, times: int) -> None:
+        """What `times` rounds of next_batch and complete would do to the sequences of a batch that only decodes."""
+        pool = self.pool
+        block_size = pool.block_size
+        for sequence, _ in batch.items:
+            sequence.num_computed += times
+            sequence.num_tokens += times
+            missing = -(-sequence.num_tokens // block_size) - len(sequence.blocks)
+            if missing > 0:
+                sequence.blocks += pool.allocate(missing)
 
     # Queue and blocks
 

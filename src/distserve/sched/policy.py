@@ -38,10 +38,15 @@ class DecodePolicy:
     max_batch_size: int = 256  # sequences with KV here at once, over all batches in flight
     chunk_tokens: int = 512  # tokens a step may recompute beside its decodes; more lets a running token wait longer
     watermark_blocks: int = 4  # blocks an admission leaves free for the growth of what runs
+    # Who decodes together where several batches are in flight. "even": all that run, split evenly at every step;
+    # "joined": each stays with those it joined (`turns.py`).
+    micro_batches: Literal["even", "joined"] = "even"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_batch_size", "chunk_tokens")
         _at_least(self, 0, "watermark_blocks")
+        if self.micro_batches not in ("even", "joined"):
+            raise ValueError(f'micro_batches must be "even" or "joined", not {self.micro_batches!r}')
 
 
 @dataclass(frozen=True, slots=True)

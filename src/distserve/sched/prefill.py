@@ -75,7 +75,11 @@ class PrefillScheduler:
         self._in_flight.append(batch)
         return batch
 
-    def complete(self, batch: Batch, result: StepResult, now: float) -> Outcome:
+    def repeats(self, batch: Batch) -> int:
+        return 1  # a prompt is computed once
+
+    def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
+        assert times == 1, f"a prefill batch is executed once, not {times} times"
         first = self._in_flight.popleft()
         assert batch.id == first.id, f"batch {batch.id} completes before batch {first.id}, which was made earlier"
         outcome, ended = Outcome(), result.ended

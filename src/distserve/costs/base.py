@@ -1,0 +1,56 @@
+"""The contract of what predicts: how long a step takes, how much KV fits, how an engine spends its time beside
+computing. Knows no plan and no simulator; implementations are a profile (`profile.py`) and a roofline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from distserve.costs.latency import Host, Latency
+from distserve.specs import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine's habits: what it costs beside arithmetic, and how it batches where a plan does not say. The defaults
+    are those of this project's own engine, with costs of nothing where nothing was measured."""
+
+    name: str = "distserve"
+    request: float = 0.0  # seconds from a request's arrival until a scheduler knows it
+    poll: float = 0.0  # seconds between two looks of an idle instance at its queue; 0: it is told
+    prompt_step: Host = field(default_factory=Host)  # of steps with prompts
+    decode_step: Host = field(default_factory=Host)
+    handover: float = 0.0  # seconds between two pipeline stages
+    pull: float = 0.0  # seconds of a pull beside its bytes
+    pull_bandwidth: float | None = None  # bytes/s of a pull between two devices; None: what the cluster's links give
+    pulls_stall: bool = False  # no step runs on the decode side while it pulls
+    swap_bandwidth: float | None = None  # bytes/s; a preempted sequence's KV is kept in host memory. None: recomputed
+    block_size: int = 32  # tokens
+    prefill_batch_tokens: int | None = None  # None: the knee
+    prefill_batch_size: int = 64
+    decode_batch_size: int = 256
+    colocated_batch_tokens: int | None = None  # prefill-first: prompt tokens of a step. None: the knee
+    watermark_blocks: int = 4
+    micro_batches: str = "even"
+
+
+class Costs(Protocol):
+    """What the instances of one model on one kind of device cost."""
+
+    name: str
+    spec: ModelSpec
+    engine: Engine
+
+    def latency(self, tp: int, pp: int) -> Latency:
+        """Of an instance. Raises `PlanError` where nothing is known of this parallelism, naming what is."""
+        ...
+
+    def kv_blocks(self, tp: int, pp: int) -> int:
+        """Blocks (of `engine.block_size` tokens) that fit beside the weights. Raises `PlanError` where none do."""
+        ...
+
+    def notes(self, tokens: int, batch: int, context: int) -> list[str]:
+        """What a reader of a prediction should know: a sentence for each measured range that these largest numbers (of
+        prompt tokens in a step, sequences in a step, summed context) lie beyond."""
+        ...

@@ -1,0 +1,309 @@
+"""Driver 1: connects a scheduler to imagined time. The counterpart of `serve/instance.py`; knows no policy.
+
+    kick: start the admitted pulls -> ask for the next batch -> launch it -> (its end) complete -> tell -> kick
+
+A decode batch whose members stay is launched for as many steps as nothing can change it, and ends in closed form. What
+touches the instance meanwhile (`settle`) cuts it after the step that runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from distserve.costs.base import Engine
+from distserve.costs.latency import Latency
+from distserve.plan import Role
+from distserve.sched.base import Batch, Load, Outcome, PullingScheduler, Scheduler, Sequence
+from distserve.sim.events import Events
+from distserve.sim.life import NEVER, Imagined
+
+Trace = Callable[[str, float, list[tuple[int, int]]], None]  # (instance, start, [(sequence, tokens)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A `StepResult`."""
+
+    ended: frozenset[int] = frozenset()
+
+
+_NOBODY = _Ended()
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A batch on its way, `times` times in a row."""
+
+    batch: Batch
+    start: float
+    end: float
+    times: int = 1
+    seconds: float = 0.0  # of the first step, where there are several
+    growth: float = 0.0  # of each step over the one before
+    prompts: bool = True  # somebody in it may get a first token
+    remaining: int = 0  # steps until somebody ends; 0: not known
+    void: bool = False  # cut short: another flight took its place
+
+    def steps_by(self, now: float) -> int:
+        """How many steps are over at `now`, less than `times`."""
+        passed = now - self.start
+        s, g = self.seconds, self.growth
+        steps = passed / s if not g else (math.sqrt((s - g / 2) ** 2 + 2 * g * max(0.0, passed)) - (s - g / 2)) / g
+        count = min(max(0, int(steps)), self.times - 1)
+        while count + 1 < self.times and self.time_of(count + 1) <= now:
+            count += 1
+        while count > 0 and self.time_of(count) > now:
+            count -= 1
+        return count
+
+    def time_of(self, steps: int) -> float:
+        """When the first `steps` are over."""
+        return self.start + steps * self.seconds + self.growth * (steps * (steps - 1) // 2)
+
+
+class World(Protocol):
+    """What an instance tells."""
+
+    def start_pull(self, instance: Instance, sequence: Imagined, now: float) -> float:
+        """The seconds it takes; the instance is told of the end by `pull_ended`."""
+        ...
+
+    def first_token(self, instance: Instance, sequence: Imagined, held: bool, now: float) -> None: ...
+
+    def finished(self, sequence: Imagined, now: float) -> None: ...
+
+
+@dataclass(slots=True)
+class Usage:
+    """What an instance did."""
+
+    busy: float = 0.0  # seconds of its first stage
+    steps: int = 0
+    prompt_tokens: int = 0  # largest step
+    batch: int = 0  # largest
+    context: int = 0  # largest, summed
+    waits: list[float] = field(default_factory=list)
+
+
+class Instance:
+    """One replica."""
+
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        scheduler: Scheduler,
+        latency: Latency,
+        engine: Engine,
+        events: Events,
+        world: World,
+        *,
+        token_bytes: float = 0.0,  # KV of a token on one rank
+    ) -> None:
+        self.name = name
+        self.role = role
+        self.scheduler = scheduler
+        self.usage = Usage()
+        self.trace: Trace | None = None
+        self._latency = latency
+        self._engine = engine
+        self._events = events
+        self._world = world
+        self._token_bytes = token_bytes
+        self._pulls: PullingScheduler | None = scheduler if role is Role.DECODE else None  # type: ignore[assignment]
+        self._flights: deque[_Flight] = deque()
+        self._free = 0.0  # when the host may prepare another batch
+        self._stages = [0.0] * latency.pp  # when each is free
+        self._woken = -1.0  # a kick is planned for then
+        self._idle_since = 0.0
+        self._stalled = False
+        self._report: Load | None = None
+
+    # -- what the world does to it --------------------------------------------------------------------------------------
+
+    def add(self, sequence: Imagined, now: float) -> None:
+        self.settle(now)
+        self.scheduler.add(sequence, now)
+        self.look(now)
+
+    def look(self, now: float) -> None:
+        """Something may have changed what can run."""
+        poll = self._engine.poll
+        if poll and not self._flights and not self._stalled:
+            self._wake(now + poll - (now - self._idle_since) % poll)
+        elif not (self._flights and self._engine.pulls_stall):
+            self._kick(now)
+
+    def pull_ended(self, sequence: Imagined, now: float) -> None:
+        self.settle(now)
+        self.scheduler.pulled(sequence.id, now)  # type: ignore[attr-defined]  # only decode pulls
+        self._report = None
+        if not self._stalled:
+            self._kick(now)
+
+    def load(self, now: float) -> Load:
+        """As its last report says: at the end of the last step."""
+        self.settle(now)
+        if self._report is None:
+            self._report = self.scheduler.load()
+        return self._report
+
+    def settle(self, now: float) -> None:
+        """Brings the scheduler to `now`: the steps that are over are completed, the one that runs will end alone."""
+        if not self._flights or self._flights[0].times == 1:
+            return
+        flight = self._flights.pop()
+        flight.void = True
+        done = flight.steps_by(now)
+        batch, start = flight.batch, flight.start
+        if done:
+            start = flight.time_of(done)
+            self.scheduler.complete(batch, _NOBODY, start, done)
+            again = self.scheduler.next_batch(start)
+            assert again is not None
+            assert len(again.items) == len(batch.items), "a batch that should have been made again was not"
+            batch = again
+            self._report = None
+        end = flight.time_of(done + 1)
+        self._flights.append(
+            _Flight(batch, start, end, prompts=False, remaining=flight.remaining - done)
+        )
+        self._events.at(end, self._ended, self._flights[-1])
+
+    # -- the loop -------------------------------------------------------------------------------------------------------
+
+    def _wake(self, time: float) -> None:
+        if self._woken < time:
+            self._woken = time
+            self._events.at(time, self._woke)
+
+    def _woke(self, now: float, _: None) -> None:
+        if not self._stalled:
+            self._kick(now)
+
+    def _kick(self, now: float) -> None:
+        while not self._stalled and len(self._flights) < self._latency.pp:
+            if self._free > now:
+                self._wake(self._free)
+                return
+            if self._pulls is not None and self._start_pulls(self._pulls, now):
+                return
+            batch = self.scheduler.next_batch(now)
+            if batch is None:
+                if not self._flights:
+                    self._idle_since = now
+                return
+            self._launch(batch, now)
+        if self._pulls is not None and not self._engine.pulls_stall:
+            self._start_pulls(self._pulls, now)
+
+    def _start_pulls(self, scheduler: PullingScheduler, now: float) -> bool:
+        """True: the instance stands still until they are over."""
+        pulls: list[Sequence] = scheduler.next_pulls(now)
+        end = now
+        for sequence in pulls:
+            assert isinstance(sequence, Imagined)
+            assert sequence.life is not None
+            sequence.life.pull_started = end
+            seconds = self._world.start_pull(self, sequence, end)
+            if self._engine.pulls_stall:
+                end += seconds
+        if end > now:
+            self._stalled = True
+            self._events.at(end, self._resume)
+        return end > now
+
+    def _resume(self, now: float, _: None) -> None:
+        self._stalled = False
+        self._kick(now)
+
+    def _launch(self, batch: Batch, now: float) -> None:
+        times = self.scheduler.repeats(batch) if self._latency.pp == 1 else 1
+        flight = self._bulk(batch, now, times) if times > 1 else self._single(batch, now)
+        self._flights.append(flight)
+        self._events.at(flight.end, self._ended, flight)
+
+    def _bulk(self, batch: Batch, now: float, times: int) -> _Flight:
+        items = batch.items
+        context = remaining = 0
+        remaining = min([s.target - s.num_tokens for s, _ in items])  # type: ignore[attr-defined]
+        context = sum([s.num_tokens for s, _ in items])
+        run = self._latency.run(len(items), context)
+        times = int(min(times, remaining, run.steps))
+        flight = _Flight(batch, now, 0.0, times, run.seconds, run.growth, False, remaining)
+        flight.end = flight.time_of(times)
+        if self.usage.batch < len(items):
+            self.usage.batch = len(items)
+        return flight
+
+    def _single(self, batch: Batch, now: float) -> _Flight:
+        prompts = False
+        for sequence, _ in batch.items:
+            life = sequence.life  # type: ignore[attr-defined]
+            if life.started == NEVER:
+                life.started = now
+            if sequence.num_tokens - sequence.num_computed > 1 or not sequence.num_computed:
+                prompts = True
+        items, swap = self._swapped(batch) if prompts and self._engine.swap_bandwidth else (batch.items, 0.0)
+        host, stage = self._latency.batch(items)
+        host += swap
+        time = self._free = now + host
+        for i, free in enumerate(self._stages):
+            time = self._stages[i] = max(time, free) + stage
+        return _Flight(batch, now, time, prompts=prompts)
+
+    def _swapped(self, batch: Batch) -> tuple[list[tuple[Sequence, int]], float]:
+        """The batch as an engine sees it that kept the KV of preempted sequences in host memory, and the seconds to
+        bring it back."""
+        items: list[tuple[Sequence, int]] = []
+        tokens = 0
+        for sequence, n in batch.items:
+            if n > 1 and sequence.life.first != NEVER:  # type: ignore[attr-defined]
+                tokens += n
+                items.append((Sequence(sequence.id, sequence.num_tokens, num_computed=sequence.num_computed + n - 1), 1))
+            else:
+                items.append((sequence, n))
+        assert self._engine.swap_bandwidth is not None
+        return items, tokens * self._token_bytes / self._engine.swap_bandwidth
+
+    def _ended(self, now: float, flight: _Flight) -> None:
+        if flight.void:
+            return
+        self._flights.popleft()
+        self._report = None
+        times, usage = flight.times, self.usage
+        usage.busy += now - flight.start
+        usage.steps += times
+        if self.trace is not None:
+            self._tell_trace(flight)
+        items = flight.batch.items
+        if flight.remaining > times:
+            result = _NOBODY
+        else:
+            result = _Ended(frozenset([s.id for s, n in items if s.target - s.num_tokens <= times and s.num_computed + n >= s.num_tokens]))  # type: ignore[attr-defined]
+        outcome = self.scheduler.complete(flight.batch, result, now, times)
+        self._tell(outcome, flight.prompts, now)
+        self._idle_since = now
+        self._kick(now)
+
+    def _tell(self, outcome: Outcome, prompts: bool, now: float) -> None:
+        world = self._world
+        if prompts:
+            prefill = self.role is Role.PREFILL
+            for sequence in outcome.sampled:
+                if sequence.life.first == NEVER:  # type: ignore[attr-defined]
+                    sequence.life.first = now  # type: ignore[attr-defined]
+                    held = prefill and sequence.num_tokens < sequence.target  # type: ignore[attr-defined]
+                    world.first_token(self, sequence, held, now)  # type: ignore[arg-type]
+        for sequence in outcome.finished:
+            world.finished(sequence, now)  # type: ignore[arg-type]
+
+    def _tell_trace(self, flight: _Flight) -> None:
+        assert self.trace is not None
+        items = [(sequence.id, n) for sequence, n in flight.batch.items]
+        for i in range(flight.times):
+            self.trace(self.name, flight.time_of(i), items)

@@ -1,0 +1,52 @@
+"""A request in the simulator: what the world knows of it, and when what happened to it. No scheduler reads this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distserve.metrics import Record, tpot
+from distserve.sched.base import Sequence
+
+NEVER = float("inf")
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    """One request, from its arrival to its last token. Times in seconds; NEVER: not yet."""
+
+    index: int
+    arrival: float
+    prompt_tokens: int
+    output_tokens: int  # it will have, which only the world knows
+    app: str = ""
+    started: float = NEVER  # its prompt's first batch
+    first: float = NEVER  # first token
+    pull_started: float = NEVER
+    pulled: float = NEVER
+    joined: float = NEVER  # first batch that decodes it after its first token
+    last: float = NEVER  # last token
+    status: str = "ok"
+
+    def record(self, gateway: float) -> Record:
+        """As a client behind a gateway that takes `gateway` seconds for a token sees it."""
+        if self.last == NEVER:
+            status = self.status if self.status != "ok" else "unfinished"
+            first = None if self.first == NEVER else self.first - self.arrival + gateway
+            return Record(self.arrival, self.prompt_tokens, self.output_tokens, first, None, status, self.app)
+        return Record(
+            self.arrival,
+            self.prompt_tokens,
+            self.output_tokens,
+            self.first - self.arrival + gateway,
+            tpot(self.first, self.last, self.output_tokens),
+            self.status,
+            self.app,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Imagined(Sequence):
+    """A sequence whose end the world knows."""
+
+    target: int = 0  # tokens, prompt and answer, when it is over
+    life: Life | None = None
