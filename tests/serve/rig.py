@@ -203,8 +203,12 @@ class Rig:
     async def answer(self, num_prompt: int, max_tokens: int, seed: int = 0) -> list[int]:
         """All tokens of one request."""
         found: list[Token] = []
-        async for tokens in self.gateway.generate(self.request(num_prompt, max_tokens, seed)):
-            found.extend(tokens)
+        stream = self.gateway.generate(self.request(num_prompt, max_tokens, seed))
+        try:
+            async for tokens in stream:
+                found.extend(tokens)
+        finally:
+            stream.close()
         assert [token.finish is not None for token in found] == [False] * (len(found) - 1) + [True]
         return [token.id for token in found]
 

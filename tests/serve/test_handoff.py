@@ -10,6 +10,7 @@ from tests.serve.rig import Rig, disaggregated
 
 from distserve.errors import InstanceError, OverloadedError, RequestError, UnavailableError
 from distserve.plan import Role
+from distserve.request import FinishReason
 from distserve.sched.policy import AdmissionPolicy
 from distserve.serve.gateway import GatewayLimits
 from distserve.serve.messages import Abort, Audit, Release, Step, Submit
@@ -180,7 +181,7 @@ async def test_a_client_that_leaves_frees_everything_at_every_step() -> None:
                 seen += len(tokens)
                 if seen >= num_tokens:
                     break
-            await stream.aclose()
+            stream.close()
 
         async def leave_before(seed: int, delay: float) -> None:
             with pytest.raises(TimeoutError):
@@ -190,6 +191,22 @@ async def test_a_client_that_leaves_frees_everything_at_every_step() -> None:
         early = [leave_before(seed, 0.0005 * (seed % 40)) for seed in range(200)]
         await asyncio.gather(*early, *(leave_after(seed, 1 + seed % 20) for seed in range(100)))
         await rig.idle(1.0)  # within a second
+
+
+async def test_an_answer_cut_at_a_stop_string_counts_as_stopped_not_as_aborted() -> None:
+    async with Rig(disaggregated()) as rig:
+        for finish in (FinishReason.STOP, None, FinishReason.STOP):
+            stream = rig.gateway.generate(rig.request(30, 400))
+            seen = [len(await anext(stream)) for _ in range(3)]
+            stream.close(finish)
+            stream.close()  # says nothing new
+            assert sum(seen) == len(stream.request.output)
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+        await rig.idle(1.0)
+        assert rig.metric("vllm:request_success_total", finished_reason="stop") == 2
+        assert rig.metric("vllm:request_success_total", finished_reason="abort") == 1
+        assert rig.metric("vllm:request_generation_tokens_count") == 2
 
 
 async def test_what_cannot_be_admitted_is_refused_at_once_with_a_computed_time() -> None:

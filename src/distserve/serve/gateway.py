@@ -11,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from distserve.errors import InstanceError, InstanceGone, OverloadedError, PullError, UnavailableError
 from distserve.plan import Role
-from distserve.request import Request, Token
+from distserve.request import Request
 from distserve.sched.router import Candidate, Router
-from distserve.serve.base import Instance
+from distserve.serve.base import Instance, Sink
+from distserve.serve.stream import RequestStream
 from distserve.serve.telemetry import Telemetry
 from distserve.transfer.base import KVHandle
 
@@ -102,32 +102,25 @@ class Gateway:
 
     # -- one request --------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[Token], None]:
+    def generate(self, request: Request) -> RequestStream:
         """Tokens as they arrive. Raises `RequestError`, `OverloadedError`, `UnavailableError`, `InstanceError`."""
-        self._admit(request)
-        request.arrival = last = self._clock()
-        self.num_live += 1
-        first = 0.0
+        return RequestStream(request, self._telemetry, self._clock, self._live)
+
+    async def _live(self, stream: RequestStream) -> None:
+        """A request's life. It is cancelled when its stream is closed."""
+        request = stream.request
         try:
-            async with aclosing(self._attempts(request)) as attempts:
-                async for tokens in attempts:
-                    now = self._clock()
-                    if not first:
-                        first = now
-                        self._telemetry.ttft.observe(now - request.arrival)
-                    else:
-                        self._telemetry.gap.observe(now - last)
-                    last = now
-                    if (finish := tokens[-1].finish) is not None:
-                        lengths = len(request.prompt), len(request.output)
-                        self._telemetry.observe_end(finish, *lengths, now - request.arrival, now - first)
-                    yield tokens
-        except GeneratorExit:
-            self._telemetry.ended_early()
-            raise
-        except Exception as error:
+            self._admit(request)
+        except (OverloadedError, UnavailableError) as error:
+            stream.fail(error)
+            return
+        request.arrival = self._clock()
+        self.num_live += 1
+        try:
+            await self._attempts(stream)
+        except Exception as error:  # noqa: BLE001  whatever it is, the reader must be told
             self._telemetry.observe_failure(type(error).__name__)
-            raise
+            stream.fail(error)
         finally:
             self.num_live -= 1
             self._mean_seconds += 0.1 * (self._clock() - request.arrival - self._mean_seconds)
@@ -149,16 +142,14 @@ class Gateway:
             self._telemetry.observe_failure("refused")
             raise OverloadedError(f"the server is at its limit: {admission.reason}", admission.retry_after)
 
-    async def _attempts(self, request: Request) -> AsyncGenerator[list[Token], None]:
+    async def _attempts(self, stream: RequestStream) -> None:
         """Attempts until one ends. A token is passed on once: a retry goes on behind `request.output`."""
+        request = stream.request
         while True:
             try:
-                async with aclosing(self._attempt(request)) as attempt:
-                    async for tokens in attempt:
-                        request.output.extend(token.id for token in tokens)
-                        yield tokens
-                        if tokens[-1].finish is not None:
-                            return
+                await self._attempt(request, stream.push)
+                if stream.finish is not None:
+                    return
                 raise InstanceError(f"attempt {request.attempt} ended without a last token")
             except InstanceError as error:
                 if isinstance(error, PullError):
@@ -169,23 +160,20 @@ class Gateway:
                 self._telemetry.observe_retry(type(error).__name__)
                 request.attempt += 1
 
-    async def _attempt(self, request: Request) -> AsyncGenerator[list[Token], None]:
+    async def _attempt(self, request: Request, sink: Sink) -> None:
         first = await self._pick_first(request)
-        stream = first.prefill(request) if first.role is Role.PREFILL else first.decode(request, None)
+        attempt = first.prefill(request, sink) if first.role is Role.PREFILL else first.decode(request, None, sink)
         over = False
         try:
-            async for tokens in stream:
-                yield tokens
+            await attempt.over()
             over = True
         finally:
             if not over:
-                stream.close()
-        if stream.handle is not None:
-            async with aclosing(self._decode(request, stream.handle, first)) as decoding:
-                async for tokens in decoding:
-                    yield tokens
+                attempt.close()
+        if attempt.handle is not None:
+            await self._decode(request, attempt.handle, first, sink)
 
-    async def _decode(self, request: Request, handle: KVHandle, prefill: Instance) -> AsyncGenerator[list[Token], None]:
+    async def _decode(self, request: Request, handle: KVHandle, prefill: Instance, sink: Sink) -> None:
         """Offers the KV to decode instances until one has pulled it; whoever pulled it decodes it. However this ends,
         KV that was not pulled is given back."""
         pulled = False
@@ -193,17 +181,16 @@ class Gateway:
             while True:
                 decoder = await self._pick_decode(request)
                 try:
-                    stream = decoder.decode(request, handle)
+                    attempt = decoder.decode(request, handle, sink)
                     try:
-                        async for tokens in stream:
-                            if not pulled and stream.pulled:
-                                pulled = True
-                                prefill.spent(handle)
-                            yield tokens
+                        await attempt.settled()
+                        if attempt.pulled:
+                            prefill.spent(handle)
+                        await attempt.over()
                         return
                     finally:
-                        pulled = stream.pulled
-                        stream.close()
+                        pulled = attempt.pulled
+                        attempt.close()
                 except InstanceGone:
                     if pulled or not prefill.holds(handle):
                         raise

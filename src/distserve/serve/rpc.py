@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from distserve.errors import InstanceError, InstanceGone, PullError, RequestError, StaleError
 from distserve.plan import Role
 from distserve.request import Request, Token
 from distserve.sched.base import Load
 from distserve.sched.router import NOMINAL
+from distserve.serve.base import Sink
 from distserve.serve.messages import (
     Abort,
     Audit,
@@ -45,54 +46,63 @@ Send = Callable[[ToInstance], None]  # raises ConnectionError
 MEASURED_TOKENS = 64  # a step of fewer says little about the pace at which prompts are computed
 
 
-class AttemptStream:
-    """What one attempt on one instance answers. One reader; `push`, `fail` and `finish` come from the wire."""
+class RemoteAttempt:
+    """One attempt on one instance, see `base.Attempt`. `push`, `offer`, `arrived` and `fail` come from the wire."""
 
-    __slots__ = ("_error", "_on_close", "_over", "_tokens", "_waiter", "handle", "num_tokens", "pulled")
+    __slots__ = ("_error", "_on_close", "_over", "_sink", "_waiter", "handle", "num_tokens", "pulled")
 
-    def __init__(self, num_tokens: int, on_close: Callable[[], None]) -> None:
+    def __init__(self, num_tokens: int, sink: Sink, on_close: Callable[[], None]) -> None:
         self.num_tokens = num_tokens  # of the request's output so far: the index of the next one
         self.pulled = False
         self.handle: KVHandle | None = None
-        self._tokens: list[Token] = []
+        self._sink = sink
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self._over = False
         self._on_close = on_close
 
+    def push(self, token: Token) -> None:
+        self.num_tokens += 1
+        self._sink(token)
+        if token.finish is not None:
+            self._end()
+
     def offer(self, handle: KVHandle) -> None:
         """Prefill is over."""
-        self.handle, self._over = handle, True
-        self._notify()
+        self.handle = handle
+        self._end()
 
-    def push(self, token: Token) -> None:
-        self._tokens.append(token)
-        self.num_tokens += 1
-        self._over = token.finish is not None
+    def arrived(self) -> None:
+        """Its KV has been pulled."""
+        self.pulled = True
         self._notify()
 
     def fail(self, error: Exception) -> None:
         if not self._over:
-            self._error, self._over = error, True
-            self._notify()
+            self._error = error
+            self._end()
+
+    def _end(self) -> None:
+        self._over = True
+        self._notify()
 
     def _notify(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def __aiter__(self) -> AsyncIterator[list[Token]]:
-        return self
+    async def settled(self) -> None:
+        while not (self.pulled or self._over):
+            await self._news()
 
-    async def __anext__(self) -> list[Token]:
-        while not self._tokens:
-            if self._error is not None:
-                raise self._error
-            if self._over:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        tokens, self._tokens = self._tokens, []
-        return tokens
+    async def over(self) -> None:
+        while not self._over:
+            await self._news()
+        if self._error is not None:
+            raise self._error
+
+    async def _news(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
     def close(self) -> None:
         """Aborts what is left on the instance. Idempotent."""
@@ -107,7 +117,7 @@ class RemoteInstance:
         self.role = role
         self.epoch = 0
         self.ready: Ready | None = None
-        self.on_step: Callable[[str, Role, Step], None] | None = None
+        self.on_step: Callable[[str, Step], None] | None = None
         self.on_timing: Callable[[Role, Timing], None] | None = None
         self.on_change: Callable[[], None] | None = None  # became ready, or was lost
         self.on_loading: Callable[[Loading], None] | None = None
@@ -115,7 +125,7 @@ class RemoteInstance:
         self.tokens_per_second = NOMINAL
         self._clock = clock
         self._send: Send | None = None
-        self._streams: dict[Name, AttemptStream] = {}
+        self._attempts: dict[Name, RemoteAttempt] = {}
         self._held: dict[Name, KVHandle] = {}  # prefilled here, not pulled yet
         self._load = Load()
         self._drained = asyncio.Event()
@@ -134,9 +144,9 @@ class RemoteInstance:
         """The epoch is over: nothing of it will be answered any more."""
         self._send, self.ready, self.epoch = None, None, 0
         self._load = Load()
-        streams, self._streams, self._held = list(self._streams.values()), {}, {}
-        for stream in streams:
-            stream.fail(InstanceGone(f"{self.name} {why}"))
+        attempts, self._attempts, self._held = list(self._attempts.values()), {}, {}
+        for attempt in attempts:
+            attempt.fail(InstanceGone(f"{self.name} {why}"))
         self._drained.set()
         if self.on_change is not None:
             self.on_change()
@@ -155,34 +165,34 @@ class RemoteInstance:
 
     @property
     def num_requests(self) -> int:
-        return len(self._streams) + len(self._held)
+        return len(self._attempts) + len(self._held)
 
     def load(self) -> Load:
         return self._load
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def prefill(self, request: Request) -> AttemptStream:
-        return self._submit(request, None)
+    def prefill(self, request: Request, sink: Sink) -> RemoteAttempt:
+        return self._submit(request, None, sink)
 
-    def decode(self, request: Request, handle: KVHandle | None) -> AttemptStream:
-        return self._submit(request, handle)
+    def decode(self, request: Request, handle: KVHandle | None, sink: Sink) -> RemoteAttempt:
+        return self._submit(request, handle, sink)
 
-    def _submit(self, request: Request, handle: KVHandle | None) -> AttemptStream:
+    def _submit(self, request: Request, handle: KVHandle | None, sink: Sink) -> RemoteAttempt:
         if self.ready is None:
             raise InstanceGone(f"{self.name} is not ready")
         name = (request.id, request.attempt)
-        stream = AttemptStream(len(request.output), lambda: self._close(name))
-        self._streams[name] = stream
+        attempt = RemoteAttempt(len(request.output), sink, lambda: self._close(name))
+        self._attempts[name] = attempt
         try:
             self._tell(Submit(self.epoch, request, handle))
         except InstanceGone:
-            self._streams.pop(name, None)
+            self._attempts.pop(name, None)
             raise
-        return stream
+        return attempt
 
     def _close(self, name: Name) -> None:
-        if self._streams.pop(name, None) is not None:
+        if self._attempts.pop(name, None) is not None:
             self.tell(Abort(self.epoch, [name]))
         elif (handle := self._held.get(name)) is not None:  # it arrived, but nobody looked any more
             self.release(handle)
@@ -201,7 +211,7 @@ class RemoteInstance:
 
     def audit(self) -> None:
         """Reconciles what each side believes to be alive; renews leases. Called by a timer."""
-        self.tell(Audit(self.epoch, [*self._streams], [*self._held]))
+        self.tell(Audit(self.epoch, [*self._attempts], [*self._held]))
 
     async def drain(self) -> None:
         self.tell(Drain(self.epoch))
@@ -260,27 +270,27 @@ class RemoteInstance:
             if self.on_timing is not None:
                 self.on_timing(self.role, timing)
         for name in step.pulled:
-            if (stream := self._streams.get(name)) is not None:
-                stream.pulled = True
+            if (attempt := self._attempts.get(name)) is not None:
+                attempt.arrived()
         for event in step.events:
             name = (event.id, event.attempt)
-            stream = self._streams.get(name)
-            if stream is None:
+            attempt = self._attempts.get(name)
+            if attempt is None:
                 continue
-            if event.index != stream.num_tokens:
-                if event.index > stream.num_tokens:
+            if event.index != attempt.num_tokens:
+                if event.index > attempt.num_tokens:
                     self._abandon(
-                        name, StaleError(f"{self.name}: token {stream.num_tokens} of request {name[0]} was lost")
+                        name, StaleError(f"{self.name}: token {attempt.num_tokens} of request {name[0]} was lost")
                     )
                 continue
-            stream.push(event.token)
+            attempt.push(event.token)
             if event.token.finish is not None:
-                del self._streams[name]
+                del self._attempts[name]
         for handle in step.handles:
             name = (handle.request, handle.attempt)
-            if (stream := self._streams.pop(name, None)) is not None:
+            if (attempt := self._attempts.pop(name, None)) is not None:
                 self._held[name] = handle
-                stream.offer(handle)
+                attempt.offer(handle)
         for failure in step.failures:
             self._fail((failure.id, failure.attempt), _error(self.name, failure))
         if step.num_batched_tokens >= MEASURED_TOKENS and step.seconds > 0:
@@ -289,16 +299,16 @@ class RemoteInstance:
                 pace if self.tokens_per_second == NOMINAL else 0.9 * self.tokens_per_second + 0.1 * pace
             )
         if self.on_step is not None:
-            self.on_step(self.name, self.role, step)
+            self.on_step(self.name, step)
 
     def _abandon(self, name: Name, error: Exception) -> None:
         self._fail(name, error)
         self.tell(Abort(self.epoch, [name]))
 
     def _fail(self, name: Name, error: Exception) -> None:
-        stream = self._streams.pop(name, None)
-        if stream is not None:
-            stream.fail(error)
+        attempt = self._attempts.pop(name, None)
+        if attempt is not None:
+            attempt.fail(error)
 
 
 def _error(instance: str, failure: Failure) -> Exception:

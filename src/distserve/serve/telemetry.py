@@ -108,11 +108,12 @@ class Telemetry:
         self.up = self._gauge("distserve:instance_up", "1 while the instance can take work.", *where)
         self.restarts = self._counter("distserve:instance_restarts", "Restarts of the instance's process.", *where)
         self.step_seconds = self._histogram("distserve:step_seconds", "Duration of a step.", SHORT, *where)
+        self._steps: dict[str, tuple[Histogram, Histogram]] = {}  # by instance: its two, found once
 
     def _requests(self) -> None:
         histogram = self._of_model
         self.ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT)
-        self.gap = Gaps("vllm:inter_token_latency_seconds", "Between two wake-ups of a stream.", self.model)
+        self.gap = Gaps("vllm:inter_token_latency_seconds", "Between two tokens of a stream.", self.model)
         self.registry.register(self.gap)
         self.tpot = histogram(
             "vllm:request_time_per_output_token_seconds", "Mean, of a request, after the first.", TPOT
@@ -160,12 +161,13 @@ class Telemetry:
         self.kv_usage.labels(*where).set_function(kv_usage)
         self.up.labels(*where).set_function(lambda: float(instance.alive))
         self.restarts.labels(*where)  # shown as 0 from the start
+        self._steps[instance.name] = self.step_tokens.labels(*where), self.step_seconds.labels(*where)
 
-    def observe_step(self, instance: str, role: Role, step: Step) -> None:
+    def observe_step(self, instance: str, step: Step) -> None:
         if step.num_batched_tokens:
-            where = (self.model, instance, role)
-            self.step_tokens.labels(*where).observe(step.num_batched_tokens)
-            self.step_seconds.labels(*where).observe(step.seconds)
+            tokens, duration = self._steps[instance]
+            tokens.observe(step.num_batched_tokens)
+            duration.observe(step.seconds)
         for seconds in step.publishing:
             self.publish_seconds.observe(seconds)
 
@@ -199,7 +201,7 @@ class Telemetry:
         self.output_length.observe(num_output)
 
     def ended_early(self) -> None:
-        """The client went away, or a stop string was found: nobody wants the rest."""
+        """The client went away: nobody wants the rest."""
         self.finished.labels(self.model, "abort").inc()
 
     def observe_failure(self, reason: str) -> None:

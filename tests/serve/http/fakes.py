@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from distserve.request import FinishReason, Logprobs, Request, Token
 
 Script = Callable[[Request], Sequence[int]]
+
+
+class FakeStream:
+    """Takes its tokens from a generator."""
+
+    def __init__(self, tokens: AsyncGenerator[list[Token], None], finishes: list[FinishReason | None]) -> None:
+        self._tokens = tokens
+        self._finishes = finishes
+        self._closing: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> AsyncIterator[list[Token]]:
+        return self
+
+    async def __anext__(self) -> list[Token]:
+        return await anext(self._tokens)
+
+    def close(self, finish: FinishReason | None = None) -> None:
+        self._finishes.append(finish)
+        self._closing = asyncio.ensure_future(self._tokens.aclose())
 
 
 class FakeGenerator:
@@ -32,6 +51,7 @@ class FakeGenerator:
         self.open = 0  # streams that have begun and not ended
         self.closed = asyncio.Event()  # set whenever the last one ends
         self.num_yielded = 0
+        self.finishes: list[FinishReason | None] = []  # with which streams were closed
         self._ids = 0
 
     def next_id(self) -> int:
@@ -44,7 +64,10 @@ class FakeGenerator:
     def status(self) -> dict[str, Any]:
         return {"missing": self.missing, "instances": []}
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[Token], None]:
+    def generate(self, request: Request) -> FakeStream:
+        return FakeStream(self._generate(request), self.finishes)
+
+    async def _generate(self, request: Request) -> AsyncGenerator[list[Token], None]:
         self.requests.append(request)
         self.open += 1
         self.closed.clear()

@@ -41,25 +41,25 @@ class AnswerResponse(Response):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._answer.stream:
-            writing = _write_stream(self._generator, self._answer, send, scope.get(BODY_SEND, send))
-        else:
-            writing = _write_whole(self._generator, self._answer, send)
-        work = asyncio.create_task(writing)
-        gone = asyncio.create_task(_until_gone(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-        if not work.cancelled():
-            work.result()
+            async with asyncio.timeout(None) as present:  # ends what is inside when the client goes
+                watching = asyncio.create_task(_watch(receive, present))
+                try:
+                    if self._answer.stream:
+                        await _write_stream(self._generator, self._answer, send, scope.get(BODY_SEND, send))
+                    else:
+                        await _write_whole(self._generator, self._answer, send)
+                finally:
+                    watching.cancel()
+        except TimeoutError:
+            if not present.expired():
+                raise
 
 
-async def _until_gone(receive: Receive) -> None:
+async def _watch(receive: Receive, present: asyncio.Timeout) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    present.reschedule(asyncio.get_running_loop().time())
 
 
 async def _run(generator: Generator, choice: Choice, deliver: Deliver) -> None:
@@ -75,7 +75,7 @@ async def _run(generator: Generator, choice: Choice, deliver: Deliver) -> None:
                 return
         raise InstanceError("the answer ended before its last token")
     finally:
-        await stream.aclose()
+        stream.close(choice.finish)
 
 
 async def _run_all(generator: Generator, answer: Answer, deliver: Deliver) -> None:
