@@ -32,12 +32,13 @@ NOUNS = {
     "metrics",
     "catalogue",
     "cluster",
+    "knee",
 }
 
 # room: (rooms and modules it may import beside itself and the nouns it may use, those nouns)
 ROOMS: Final = {
     "sched": (set(), {"request", "errors"}),
-    "costs": ({"sched.base"}, {"specs", "errors", "cluster", "plan"}),
+    "costs": ({"sched.base"}, {"specs", "errors", "catalogue", "cluster", "plan"}),
     "sim": ({"sched", "costs"}, NOUNS),
     "planner": ({"sim", "costs"}, NOUNS),
     "engine": ({"sched.base"}, NOUNS),
@@ -58,6 +59,7 @@ LIBRARIES = {
     "uvicorn": {"serve"},
     "zmq": {"serve", "transfer"},
     "aiohttp": {"bench"},
+    "aiconfigurator_core": {"costs.aiconfigurator"},
     "typer": {"cli", "serve.command", "bench.command", "planner.command", "sim.command", "costs.command"},
 }
 PURE = {"sched", "costs", "sim"}  # decide, predict and imagine without a wall clock or an event loop
