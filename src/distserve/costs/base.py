@@ -5,8 +5,9 @@ computing. Knows no plan and no simulator; implementations are a profile (`profi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
+from distserve.cluster import Cluster
 from distserve.costs.latency import Host, Latency
 from distserve.specs import ModelSpec
 
@@ -21,6 +22,7 @@ class Engine:
     poll: float = 0.0  # seconds between two looks of an idle instance at its queue; 0: it is told
     prompt_step: Host = field(default_factory=Host)  # of steps with prompts
     decode_step: Host = field(default_factory=Host)
+    padded: bool = False  # prompts of one step are computed as long as the longest of them
     handover: float = 0.0  # seconds between two pipeline stages
     pull: float = 0.0  # seconds of a pull beside its bytes
     pull_bandwidth: float | None = None  # bytes/s of a pull between two devices; None: what the cluster's links give
@@ -30,9 +32,10 @@ class Engine:
     prefill_batch_tokens: int | None = None  # None: the knee
     prefill_batch_size: int = 64
     decode_batch_size: int = 256
+    chunk_tokens: int | None = None  # colocated, chunked: tokens of a step. None: the knee
     colocated_batch_tokens: int | None = None  # prefill-first: prompt tokens of a step. None: the knee
     watermark_blocks: int = 4
-    micro_batches: str = "even"
+    micro_batches: Literal["even", "joined"] = "even"
 
 
 class Costs(Protocol):
@@ -40,14 +43,24 @@ class Costs(Protocol):
 
     name: str
     spec: ModelSpec
+    dtype: str
     engine: Engine
 
     def latency(self, tp: int, pp: int) -> Latency:
         """Of an instance. Raises `PlanError` where nothing is known of this parallelism, naming what is."""
         ...
 
-    def kv_blocks(self, tp: int, pp: int) -> int:
-        """Blocks (of `engine.block_size` tokens) that fit beside the weights. Raises `PlanError` where none do."""
+    def kv_blocks(self, tp: int, pp: int, kv_memory: int | float | None = None) -> int:
+        """Blocks (of `engine.block_size` tokens) that fit beside the weights, at most `kv_memory` (bytes, or a share of
+        the device's memory) of them on a device. Raises `PlanError` where none do."""
+        ...
+
+    def degrees(self) -> tuple[int, ...]:
+        """The tensor parallelisms that something is known of."""
+        ...
+
+    def assumed_cluster(self, num_devices: int) -> Cluster:
+        """Where nobody says how the devices are connected: as their vendor builds them."""
         ...
 
     def notes(self, tokens: int, batch: int, context: int) -> list[str]:

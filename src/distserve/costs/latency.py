@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from distserve.knee import SIZES, knee
 from distserve.sched.base import Sequence as Scheduled
 
 
@@ -129,10 +130,11 @@ class Latency:
     handover: float = 0.0  # from one stage to the next
     prompt_step: Host = Host()  # of steps with prompts
     decode_step: Host = Host()
+    padded: bool = False  # the prompts of a step are computed as long as the longest of them
 
     def batch(self, items: Iterable[tuple[Scheduled, int]]) -> tuple[float, float]:
         """(host, each stage) in seconds for a batch of any kind."""
-        tokens, squares, batch, context = composition(items)
+        tokens, squares, batch, context = composition(items, self.padded)
         if not tokens:
             seconds = self.coefficients.decodes(batch, context)
         elif not batch:
@@ -143,12 +145,18 @@ class Latency:
 
     def prompts(self, lengths: Sequence[int]) -> float:
         """Seconds from the start of a batch of whole prompts to its tokens."""
+        if self.padded:
+            lengths = [max(lengths)] * len(lengths)
         tokens, squares = sum(lengths), sum(n * n for n in lengths)
         return self._total(self._host(tokens, len(lengths)), self.coefficients.prompts(tokens, squares))
 
     def decodes(self, batch: int, context: float) -> float:
         """Seconds from the start of a step that decodes `batch` sequences to its tokens."""
         return self._total(self._host(0, batch), self.coefficients.decodes(batch, context))
+
+    def knee(self) -> int:
+        """Lm, in tokens."""
+        return knee({size: self.prompts([size]) for size in SIZES}, SIZES[-1])
 
     def run(self, batch: int, context: float) -> Run:
         """Of an instance of one stage, host included."""
@@ -167,9 +175,9 @@ class Latency:
         return host + self.pp * self._stage(seconds)
 
 
-def composition(items: Iterable[tuple[Scheduled, int]]) -> tuple[int, int, int, int]:
+def composition(items: Iterable[tuple[Scheduled, int]], padded: bool = False) -> tuple[int, int, int, int]:
     """(prompt tokens, their squares, decoding sequences, their context) of a batch."""
-    tokens = squares = batch = context = 0
+    tokens = squares = batch = context = prompts = longest = 0
     for sequence, n in items:
         computed = sequence.num_computed
         if n == 1 and computed:
@@ -178,6 +186,10 @@ def composition(items: Iterable[tuple[Scheduled, int]]) -> tuple[int, int, int, 
         else:
             tokens += n
             squares += n * (2 * computed + n)
+            prompts += 1
+            longest = max(longest, n)
+    if padded and prompts > 1:
+        tokens, squares = prompts * longest, prompts * longest * longest
     return tokens, squares, batch, context
 
 

@@ -1,26 +1,20 @@
-"""Measures what a scheduler should know of this device, with the engine itself: today the knee Lm.
-
-Lm is the number of prompt tokens that saturates the device (DistServe, OSDI'24, section 3.1): below it a larger batch
-is nearly free, beyond it a batch only makes its members wait for each other.
-"""
+"""Measures what a scheduler should know of this device, with the engine itself: today the knee Lm."""
 
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 
 from distserve.engine.base import Executor
+from distserve.knee import SIZES, knee
 from distserve.request import Request, SamplingParams
 from distserve.sched.base import Batch, Sequence
 
-SIZES = (32, 64, 128, 256, 512, 1024, 2048)  # tokens tried
-GAIN = 1.1  # the knee is where twice the tokens give less than this times the tokens per second
 BUDGET = 1.5  # seconds; a device that needs longer is past its knee or will be measured by `distserve profile`
 
 
 async def measure_knee(executor: Executor) -> int:
     """Tokens of a prefill batch beyond which it hardly gets more efficient. Uses the KV pool, which must be idle."""
-    pace: dict[int, float] = {}
+    found: dict[int, float] = {}  # seconds by size
     began = time.monotonic()
     for size in SIZES:
         if size > executor.max_model_len or size > executor.num_blocks * executor.block_size:
@@ -28,13 +22,10 @@ async def measure_knee(executor: Executor) -> int:
         seconds = await _time_prompt(executor, size)
         if time.monotonic() - began < BUDGET / 2:  # quick enough for a second look: the better one had fewer guests
             seconds = min(seconds, await _time_prompt(executor, size))
-        pace[size] = size / seconds
+        found[size] = seconds
         if time.monotonic() - began > BUDGET:
             break
-    for (small, slow), (_, fast) in pairwise(pace.items()):
-        if fast < GAIN * slow:
-            return small
-    return max(pace, default=executor.max_model_len)
+    return knee(found, executor.max_model_len)
 
 
 async def _time_prompt(executor: Executor, size: int) -> float:

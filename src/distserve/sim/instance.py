@@ -65,14 +65,16 @@ class _Flight:
         return self.start + steps * self.seconds + self.growth * (steps * (steps - 1) // 2)
 
 
-class World(Protocol):
-    """What an instance tells."""
+class Surroundings(Protocol):
+    """Whom an instance tells."""
 
     def start_pull(self, instance: Instance, sequence: Imagined, now: float) -> float:
-        """The seconds it takes; the instance is told of the end by `pull_ended`."""
+        """Starts it; its end comes as `pull_ended`. Returns the seconds that it takes if nothing else is pulled."""
         ...
 
-    def first_token(self, instance: Instance, sequence: Imagined, held: bool, now: float) -> None: ...
+    def held(self, instance: Instance, sequence: Imagined, now: float) -> None:
+        """Its first token is out and its KV waits here to be pulled."""
+        ...
 
     def finished(self, sequence: Imagined, now: float) -> None: ...
 
@@ -100,7 +102,7 @@ class Instance:
         latency: Latency,
         engine: Engine,
         events: Events,
-        world: World,
+        world: Surroundings,
         *,
         token_bytes: float = 0.0,  # KV of a token on one rank
     ) -> None:
@@ -123,7 +125,7 @@ class Instance:
         self._stalled = False
         self._report: Load | None = None
 
-    # -- what the world does to it --------------------------------------------------------------------------------------
+    # -- what the world does to it -------------------------------------------------------------------------------------
 
     def add(self, sequence: Imagined, now: float) -> None:
         self.settle(now)
@@ -169,12 +171,10 @@ class Instance:
             batch = again
             self._report = None
         end = flight.time_of(done + 1)
-        self._flights.append(
-            _Flight(batch, start, end, prompts=False, remaining=flight.remaining - done)
-        )
+        self._flights.append(_Flight(batch, start, end, prompts=False, remaining=flight.remaining - done))
         self._events.at(end, self._ended, self._flights[-1])
 
-    # -- the loop -------------------------------------------------------------------------------------------------------
+    # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _wake(self, time: float) -> None:
         if self._woken < time:
@@ -207,7 +207,6 @@ class Instance:
         end = now
         for sequence in pulls:
             assert isinstance(sequence, Imagined)
-            assert sequence.life is not None
             sequence.life.pull_started = end
             seconds = self._world.start_pull(self, sequence, end)
             if self._engine.pulls_stall:
@@ -264,7 +263,9 @@ class Instance:
         for sequence, n in batch.items:
             if n > 1 and sequence.life.first != NEVER:  # type: ignore[attr-defined]
                 tokens += n
-                items.append((Sequence(sequence.id, sequence.num_tokens, num_computed=sequence.num_computed + n - 1), 1))
+                items.append(
+                    (Sequence(sequence.id, sequence.num_tokens, num_computed=sequence.num_computed + n - 1), 1)
+                )
             else:
                 items.append((sequence, n))
         assert self._engine.swap_bandwidth is not None
@@ -280,11 +281,7 @@ class Instance:
         usage.steps += times
         if self.trace is not None:
             self._tell_trace(flight)
-        items = flight.batch.items
-        if flight.remaining > times:
-            result = _NOBODY
-        else:
-            result = _Ended(frozenset([s.id for s, n in items if s.target - s.num_tokens <= times and s.num_computed + n >= s.num_tokens]))  # type: ignore[attr-defined]
+        result = _NOBODY if flight.remaining > times else _ended(flight.batch, times)
         outcome = self.scheduler.complete(flight.batch, result, now, times)
         self._tell(outcome, flight.prompts, now)
         self._idle_since = now
@@ -297,8 +294,8 @@ class Instance:
             for sequence in outcome.sampled:
                 if sequence.life.first == NEVER:  # type: ignore[attr-defined]
                     sequence.life.first = now  # type: ignore[attr-defined]
-                    held = prefill and sequence.num_tokens < sequence.target  # type: ignore[attr-defined]
-                    world.first_token(self, sequence, held, now)  # type: ignore[arg-type]
+                if prefill and sequence.num_tokens < sequence.target:  # type: ignore[attr-defined]
+                    world.held(self, sequence, now)  # type: ignore[arg-type]
         for sequence in outcome.finished:
             world.finished(sequence, now)  # type: ignore[arg-type]
 
@@ -307,3 +304,14 @@ class Instance:
         items = [(sequence.id, n) for sequence, n in flight.batch.items]
         for i in range(flight.times):
             self.trace(self.name, flight.time_of(i), items)
+
+
+def _ended(batch: Batch, times: int) -> _Ended:
+    """Whose last token comes when `batch` has been executed `times` times."""
+    ended = [
+        sequence.id
+        for sequence, n in batch.items
+        if sequence.target - sequence.num_tokens <= times  # type: ignore[attr-defined]
+        and sequence.num_computed + n >= sequence.num_tokens
+    ]
+    return _Ended(frozenset(ended))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distserve.metrics import Record, tpot
+from distserve.metrics import OK, Record, tpot
 from distserve.sched.base import Sequence
 
 NEVER = float("inf")
@@ -25,28 +25,21 @@ class Life:
     pulled: float = NEVER
     joined: float = NEVER  # first batch that decodes it after its first token
     last: float = NEVER  # last token
-    status: str = "ok"
+    status: str = OK
 
-    def record(self, gateway: float) -> Record:
-        """As a client behind a gateway that takes `gateway` seconds for a token sees it."""
+    def record(self) -> Record:
+        """As a client sees it."""
+        first = None if self.first == NEVER else self.first - self.arrival
         if self.last == NEVER:
-            status = self.status if self.status != "ok" else "unfinished"
-            first = None if self.first == NEVER else self.first - self.arrival + gateway
+            status = self.status if self.status != OK else "unfinished"
             return Record(self.arrival, self.prompt_tokens, self.output_tokens, first, None, status, self.app)
-        return Record(
-            self.arrival,
-            self.prompt_tokens,
-            self.output_tokens,
-            self.first - self.arrival + gateway,
-            tpot(self.first, self.last, self.output_tokens),
-            self.status,
-            self.app,
-        )
+        pace = tpot(self.first, self.last, self.output_tokens)
+        return Record(self.arrival, self.prompt_tokens, self.output_tokens, first, pace, OK, self.app)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Imagined(Sequence):
     """A sequence whose end the world knows."""
 
-    target: int = 0  # tokens, prompt and answer, when it is over
-    life: Life | None = None
+    target: int  # tokens, prompt and answer, when it is over
+    life: Life
