@@ -1,10 +1,10 @@
-"""How far the roofline is from what others measured: the published fits of A100 runs (OPT, costs `a100-80g-raw`) and, where
-the extra `gpu-tables` is installed, the operator tables of aiconfigurator (Llama 3.1 and Qwen3 on five GPUs).
+"""How far the roofline is from what others measured: the published fits of A100 runs (OPT, costs `a100-80g-raw`) and,
+where the extra `gpu-tables` is installed, the operator tables of aiconfigurator (Llama 3.1 and Qwen3 on five GPUs).
 
     python -m benchmarks.roofline [--json FILE|-]
 
-Computes in seconds, measures nothing: each cell is (ours over theirs - 1) over prompts of 128 to 2,048 tokens, or over 1 to
-128 decoding sequences of 256 to 1,024 tokens of context (of 256 to 4,096 and up to 256 sequences for the tables).
+Computes for seconds and measures nothing. Each cell is ours over theirs less 1, over prompts of 128 to 2,048 tokens, or
+over 1 to 128 decoding sequences of 256 to 1,024 tokens (of 256 to 4,096, and up to 256 sequences, for the tables).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from benchmarks.harness import report, say, table
-
 from distserve.catalogue import model_spec
 from distserve.costs import aiconfigurator, roofline
 from distserve.costs.devices import device
