@@ -18,6 +18,7 @@ from distserve.errors import DistserveError, RequestError
 from distserve.serve.base import Generator
 from distserve.serve.http.answer import AnswerResponse
 from distserve.serve.http.completions import Completions
+from distserve.serve.http.direct import Direct
 from distserve.serve.http.edge import REQUEST_ID, Edge
 from distserve.serve.http.openai import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from distserve.serve.http.prompts import chat_prompt, text_prompts
@@ -40,7 +41,7 @@ def build_app(generator: Generator, tokens: Tokenizer, options: ApiOptions) -> A
     """The ASGI application that serves one model."""
     app = FastAPI(title="distserve", version=options.version, redirect_slashes=False)
     completions = Completions(generator, tokens, options.models, options.sampling_defaults)
-    app.include_router(_generation_routes(completions))
+    direct = _generation_routes(app, completions)
     app.include_router(_model_routes(completions, options))
     app.include_router(_token_routes(completions))
     app.include_router(_server_routes(generator, options))
@@ -48,23 +49,26 @@ def build_app(generator: Generator, tokens: Tokenizer, options: ApiOptions) -> A
     app.add_exception_handler(Exception, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_body)
     app.add_exception_handler(HTTPException, _refuse_route)
-    return Edge(app, options.api_keys, options.max_body)
+    return Edge(app, direct, options.api_keys, options.max_body)
 
 
-def _generation_routes(completions: Completions) -> APIRouter:
-    router = APIRouter()
+def _generation_routes(app: FastAPI, completions: Completions) -> dict[str, ASGIApp]:
+    """Adds them to `app`, which documents them, and returns by path who answers a POST in its place."""
 
-    @router.post("/v1/chat/completions")
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:
         answer = await completions.chat(body, request.scope[REQUEST_ID])
         return AnswerResponse(completions.generator, answer)
 
-    @router.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         answer = await completions.complete(body, request.scope[REQUEST_ID])
         return AnswerResponse(completions.generator, answer)
 
-    return router
+    app.post("/v1/chat/completions")(chat)
+    app.post("/v1/completions")(complete)
+    return {
+        "/v1/chat/completions": Direct(ChatCompletionRequest, chat),
+        "/v1/completions": Direct(CompletionRequest, complete),
+    }
 
 
 def _model_routes(completions: Completions, options: ApiOptions) -> APIRouter:

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,9 +23,10 @@ class Edge:
     """Wraps the application. `x-request-id` is the client's own where it is short and printable, else a new one; every
     response carries it, errors too."""
 
-    def __init__(self, app: ASGIApp, api_keys: Iterable[str], max_body: int) -> None:
-        """`max_body`: bytes; larger bodies are refused with 413."""
+    def __init__(self, app: ASGIApp, direct: Mapping[str, ASGIApp], api_keys: Iterable[str], max_body: int) -> None:
+        """`direct`: by path, who answers a POST in place of `app`. `max_body`: bytes; larger ones are refused (413)."""
         self._app = app
+        self._direct = dict(direct)
         # digests have one length, so that comparing takes the same time whatever was sent
         self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
         self._max_body = max_body
@@ -49,7 +50,8 @@ class Edge:
         if error is not None:
             await write_refusal(send_with_id, error)
             return
-        await self._app(scope, _counted(receive, self._max_body), send_with_id)
+        app = self._direct.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
+        await app(scope, _counted(receive, self._max_body), send_with_id)
 
     def _refuse(self, path: str, headers: dict[bytes, bytes]) -> RequestError | None:
         if self._keys and path not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):

@@ -6,9 +6,11 @@ are OpenAI's, plus those that vLLM added and load generators send.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+InvalidBodyError = ValidationError  # `errors()` lists what is wrong
 
 MAX_CHOICES = 128  # OpenAI's limit on n
 
@@ -26,6 +28,14 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: str | None = None
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def validate(model: type[AnyBody], content: Any) -> AnyBody:
+    """`content` as decoded from JSON. Raises `InvalidBodyError`."""
+    return model.model_validate(content, from_attributes=True)  # as FastAPI does: the words of errors depend on it
 
 
 class StreamOptions(BaseModel):
