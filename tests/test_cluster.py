@@ -48,6 +48,8 @@ def test_reads_every_key() -> None:
     assert devices.device_at(cluster, "node0:7").memory == 40 << 30
     assert devices.device_at(cluster, "node1:7") == devices.device("a100-80g")
     assert node_of("node1:7") == "node1"
+    assert cluster.describe() == "node0 to node2 with 8, 8, 4 devices, numbered from 0"
+    assert Cluster.load("h100-1x4").describe() == "node0 with 4 devices, numbered from 0"
 
 
 def test_the_papers_testbed() -> None:

@@ -155,6 +155,8 @@ class Cluster:
     def describe(self) -> str:
         """ "node0 to node3 with 8 devices each, numbered from 0"."""
         sizes = self.node_sizes
+        if len(sizes) == 1:
+            return f"node0 with {sizes[0]} devices, numbered from 0"
         each = f"{sizes[0]} devices each" if len(set(sizes)) == 1 else f"{', '.join(map(str, sizes))} devices"
         return f"node0 to node{self.nodes - 1} with {each}, numbered from 0"
 

@@ -41,6 +41,9 @@ def test_it_answers_as_costs_do() -> None:
     assert half.share == 0.5
     assert half.decodes(8, 4096) == pytest.approx(whole.decodes(8, 4096) + 2e-3)
     assert costs.kv_blocks(4, 1) == capacity(OPT, A100.memory, 4).num_blocks
+    assert costs.kv_blocks(4, 1, 1 << 30) == capacity(OPT, A100.memory, 4, kv_memory=1 << 30).num_blocks
+    assert costs.assumed_cluster(12).node_sizes == (8, 8)
+    assert costs.dtype == "float16"
     notes = costs.notes(1000, 10, 1000)
     assert len(notes) == 1
     assert notes[0].startswith("costs at tp = 4: roofline of a100-80g")

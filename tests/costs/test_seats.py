@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distserve.cluster import Cluster, node_of
-from distserve.costs.seats import Seats, seat
+from distserve.costs.seats import Seats, devices_spanned, seat
 from distserve.errors import PlanError
 from distserve.plan import InstanceSpec, Plan, Role
 
@@ -67,3 +67,10 @@ def test_what_is_not_there_is_refused() -> None:
         seat(Plan(both), CLUSTER)
     with pytest.raises(PlanError, match=r"needs 33 devices but the cluster has 32 .* lower tp"):
         seat(Plan((InstanceSpec(Role.COLOCATED, count=33),)), CLUSTER)
+
+
+def test_a_cluster_is_assumed_that_has_what_the_plan_names() -> None:
+    far = Plan((InstanceSpec(Role.COLOCATED, devices=(("node2:1",),)),))
+    assert devices_spanned(far) == 24
+    assert devices_spanned(far, 4) == 12
+    assert devices_spanned(Plan((InstanceSpec(Role.COLOCATED, tp=4, count=3),))) == 12

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from distserve.cluster import Cluster
 from distserve.costs import aiconfigurator, roofline
 from distserve.costs.base import Engine
-from distserve.costs.devices import Device, catalogue
+from distserve.costs.devices import Device, assumed_cluster, catalogue
 from distserve.costs.latency import Coefficients, Latency
 from distserve.costs.memory import Accounting, allowed_tp, capacity, stage_layers
 from distserve.costs.roofline import Efficiency
@@ -65,7 +66,7 @@ class EstimatedCosts:
         self.spec = spec
         self.engine = engine or Engine()
         self.device = device
-        self.dtype = dtype
+        self.dtype = spec.dtype if dtype is None else dtype
         self._accounting = replace(accounting or Accounting(), block_size=self.engine.block_size)
         self._efficiency = efficiency
         self._tables = tables
@@ -80,14 +81,25 @@ class EstimatedCosts:
         steps = engine.prompt_step, engine.decode_step
         return Latency(self._estimate(tp).coefficients, pp, share, engine.handover, *steps, engine.padded)
 
-    def kv_blocks(self, tp: int, pp: int) -> int:
-        found = capacity(self.spec, self.device.memory, tp, pp, dtype=self.dtype, accounting=self._accounting)
+    def kv_blocks(self, tp: int, pp: int, kv_memory: int | float | None = None) -> int:
+        found = capacity(
+            self.spec,
+            self.device.memory,
+            tp,
+            pp,
+            dtype=self.dtype,
+            kv_memory=kv_memory,
+            accounting=self._accounting,
+        )
         if not found.fits:
             raise PlanError(
                 f"an instance with tp = {tp} and pp = {pp} does not fit {self.device.name}: each device lacks "
                 f"{found.missing / 2**30:.1f} GiB; raise tp or pp"
             )
         return found.num_blocks
+
+    def assumed_cluster(self, num_devices: int) -> Cluster:
+        return assumed_cluster(self.device, num_devices)
 
     def notes(self, tokens: int, batch: int, context: int) -> list[str]:
         """Where each parallelism's numbers come from: nothing was measured, so that nothing lies beyond it."""

@@ -7,6 +7,7 @@ KV moves over the slow link. What was assumed is said in a note.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,13 @@ class Seating:
 
     seats: Mapping[str, Seats]  # by replica name
     notes: tuple[str, ...] = ()  # what was assumed, a sentence each
+
+
+def devices_spanned(plan: Plan, node_size: int = 8) -> int:
+    """Devices of the smallest cluster of equal nodes that has all devices the plan names, and as many as it needs."""
+    named = [device for replica in plan.replicas() for device in replica.devices]
+    nodes = [int(found[1]) + 1 for device in named if (found := re.fullmatch(r"node(\d+)", node_of(device)))]
+    return max(plan.num_devices, node_size * max(nodes, default=0))
 
 
 def seat(plan: Plan, cluster: Cluster) -> Seating:
