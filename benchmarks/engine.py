@@ -1,6 +1,7 @@
 """How fast the engine computes on one core: ours, Hugging Face transformers and vLLM, in turns, in one run.
 
-    python -m benchmarks.engine [--vllm-python PATH] [--core 1] [--rounds 5] [--quick] [--json FILE|-]
+    python -m benchmarks.engine [--vllm-python PATH] [--core 1] [--rounds 5] [--quick | --points p128,b8x1024]
+                                [--json FILE|-]
 
 `--vllm-python` names the interpreter of a virtual environment that holds vLLM's CPU build (docs/measurements.md tells
 how to make one); without it that column says "not installed".
@@ -34,8 +35,9 @@ from benchmarks.harness import OUT, Absent, Worker, describe, machine, report, s
 from distserve.engine.hub import read_spec, resolve
 from distserve.specs import ModelSpec
 
-DECODE = [(batch, context) for context in (256, 1024) for batch in (1, 8, 32)]
-PREFILL = [128, 512, 2048]
+DECODE = {f"b{batch}x{context}": (batch, context) for context in (256, 1024) for batch in (1, 8, 32)}
+PREFILL = {f"p{tokens}": tokens for tokens in (128, 512, 2048)}
+QUICK = ["b1x256", "b8x256", "b32x256", "p128", "p512"]
 STEPS = 8  # decode steps of one round
 US, HF, VLLM = "distserve", "transformers", "vLLM"
 LIMIT = "limit"  # stands among the contenders: what the core could do at best
@@ -161,10 +163,10 @@ def row(label: str, times: Times, tokens: int, absent: dict[str, str]) -> list[s
     return cells
 
 
-def run(core: int, rounds: int, quick: bool, vllm_python: str | None) -> tuple[dict[str, object], str]:
+def run(core: int, rounds: int, points: list[str], vllm_python: str | None) -> tuple[dict[str, object], str]:
     spec = read_spec(resolve("demo"))
-    decodes = [(b, c) for b, c in DECODE if not quick or c == 256]
-    prefills = [n for n in PREFILL if not quick or n < 2048]
+    decodes = [DECODE[point] for point in points if point in DECODE]
+    prefills = [PREFILL[point] for point in points if point in PREFILL]
     kind = machine()
     with ExitStack() as stack:
         limits = stack.enter_context(Worker("benchmarks.engine_limits", core=core))
@@ -181,7 +183,7 @@ def run(core: int, rounds: int, quick: bool, vllm_python: str | None) -> tuple[d
     header = ["tokens/s", US, HF, VLLM, f"/ {HF}", f"/ {VLLM}", "of the limit", "ours, ms"]
     rows = [row(f"decode b{b}, context {c}", times, b, absent) for (b, c), times in decoded.items()]
     rows += [row(f"prefill {n}", times, n, absent) for n, times in prefilled.items()]
-    bandwidth, gemm = median(course.bandwidths), median(course.gemms)
+    bandwidth, gemm = median(course.bandwidths or [0]), median(course.gemms or [0])
     text = "\n".join(
         [
             describe(kind),
@@ -209,10 +211,15 @@ def main() -> None:
     parser.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM's CPU build")
     parser.add_argument("--core", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    every = [*DECODE, *PREFILL]
     parser.add_argument("--quick", action="store_true", help="context 256 and prompts up to 512 only")
+    parser.add_argument("--points", metavar="A,B", help=f"only these, of {', '.join(every)}")
     parser.add_argument("--json", metavar="FILE|-")
     arguments = parser.parse_args()
-    data, text = run(arguments.core, arguments.rounds, arguments.quick, arguments.vllm_python)
+    points = arguments.points.split(",") if arguments.points else QUICK if arguments.quick else every
+    if unknown := set(points) - set(every):
+        parser.error(f"--points: {', '.join(sorted(unknown))} is not one of {', '.join(every)}")
+    data, text = run(arguments.core, arguments.rounds, points, arguments.vllm_python)
     report(data, text, arguments.json)
 
 

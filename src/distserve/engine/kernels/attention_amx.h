@@ -90,13 +90,14 @@ static Work lay_out(int64_t rows, int64_t dim) {
 static void load_queries(const Call *c, const Task *t, const Span *s, const Work *w, int64_t group) {
     Lanes *lanes = w->lanes + group;
     const bf16 *rows[16];
-    const int64_t first = t->first + group * 16;
+    const int64_t first = MIN(t->first + group * 16, t->last - 1);
+    int64_t token = first / s->group, head = first % s->group;
     for (int64_t i = 0; i < 16; i++) {
-        const int64_t row = MIN(first + i, t->last - 1), token = row / s->group;
-        rows[i] = (const bf16 *)c->q + (s->start + token) * c->q_stride + (t->head * s->group + row % s->group) * w->dim;
+        rows[i] = (const bf16 *)c->q + (s->start + token) * c->q_stride + (t->head * s->group + head) * w->dim;
         lanes->positions[i] = s->positions[token];
         lanes->reference[i] = NOTHING;
         lanes->sum[i] = 0;
+        if (first + i < t->last - 1 && ++head == s->group) head = 0, token++;
     }
     lanes->min_position = lanes->positions[0];
     lanes->max_position = lanes->positions[15];
@@ -264,15 +265,19 @@ static void attend_amx(const Call *c, const Task *t) {
             continue;
         }
         transpose_values(&w, most);
+        int64_t softened = 0, softened_steps = 0; /* tiles wait long for what was just written: others go first */
         for (int64_t group = 0; group < w.groups; group += 2) {
             const int64_t seen = w.lanes[group + 1].max_position + 1 - chunk;
             if (seen <= 0) continue;
             const int64_t steps = CEIL_DIV(MIN(CHUNK, seen), 32);
             score_pair(l, &s, &w, group, chunk, steps);
+            if (softened_steps) gather_pair(&w, softened, softened_steps);
             soften(l, &w, group, chunk, steps);
             soften(l, &w, group + 1, chunk, steps);
-            gather_pair(&w, group, steps);
+            softened = group;
+            softened_steps = steps;
         }
+        gather_pair(&w, softened, softened_steps);
     }
     if (!transposed) write_rows(c, t, &s, &w);
     else

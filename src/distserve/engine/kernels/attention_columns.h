@@ -141,16 +141,19 @@ static void write_transposed(const Call *c, const Task *t, const Span *s, const 
     const Lanes *lanes = w->lanes + group;
     const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_loadu_ps(lanes->sum));
     const int64_t first = t->first + group * 16, count = MIN(16, t->last - first);
+    bf16 *rows[16];
+    int64_t token = first / s->group, head = first % s->group;
+    for (int64_t i = 0; i < count; i++) {
+        rows[i] = (bf16 *)c->out + ((s->start + token) * c->layer->num_heads + t->head * s->group + head) * w->dim;
+        if (++head == s->group) head = 0, token++;
+    }
     for (int64_t d = 0; d < w->dim; d += 16) {
         const float *out = w->outputs + (group * w->dim + d) * 16;
         __m512i r[16];
         for (int i = 0; i < 16; i++)
             r[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(out + i * 16), inverse));
         transpose16(r);
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t row = first + i, token = s->start + row / s->group, head = t->head * s->group + row % s->group;
-            bf16 *to = (bf16 *)c->out + (token * c->layer->num_heads + head) * w->dim + d;
-            _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(r[i])));
-        }
+        for (int64_t i = 0; i < count; i++)
+            _mm256_storeu_si256((__m256i *)(rows[i] + d), (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(r[i])));
     }
 }

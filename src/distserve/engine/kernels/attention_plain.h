@@ -3,31 +3,35 @@
  */
 #include "attention_vectors.h"
 
-static void NAME(rotate)(NUMBER *restrict x, const float *restrict cosines, const float *restrict sines, int64_t half) {
+/* Pairs (i, half + i) of one head, turned by the angle of its position; `to` may be x. */
+static inline void NAME(rotate)(const NUMBER *x, NUMBER *to, const float *restrict cosines, const float *restrict sines,
+                                int64_t half) {
+#ifdef ROTATE16
+    for (int64_t i = 0; i < half; i += 16) ROTATE16(x + i, to + i, cosines + i, sines + i, half, half - i);
+#else
     for (int64_t i = 0; i < half; i++) {
         const float a = LOAD(x[i]), b = LOAD(x[i + half]);
-        x[i] = STORE(a * cosines[i] - b * sines[i]);
-        x[i + half] = STORE(b * cosines[i] + a * sines[i]);
+        to[i] = STORE(a * cosines[i] - b * sines[i]);
+        to[i + half] = STORE(b * cosines[i] + a * sines[i]);
     }
+#endif
 }
 
-/* Rotates one token's queries and keys in place, and copies its keys and values to their slot. */
+/* Rotates one token's queries in place, and its keys on their way to their slot, beside its values. */
 static void NAME(write_token)(const Call *c, int64_t token) {
     const Layer *l = c->layer;
     const int64_t dim = l->head_dim, slot = c->step->slots[token];
-    NUMBER *q = (NUMBER *)c->q + token * c->q_stride, *k = (NUMBER *)c->k + token * c->k_stride;
-    const NUMBER *v = (const NUMBER *)c->v + token * c->v_stride;
-    if (l->cosines) {
-        const int64_t at = c->step->positions[token] * (dim / 2);
-        for (int64_t head = 0; head < l->num_heads; head++)
-            NAME(rotate)(q + head * dim, l->cosines + at, l->sines + at, dim / 2);
-        for (int64_t head = 0; head < l->num_kv_heads; head++)
-            NAME(rotate)(k + head * dim, l->cosines + at, l->sines + at, dim / 2);
-    }
+    NUMBER *q = (NUMBER *)c->q + token * c->q_stride;
+    const NUMBER *k = (const NUMBER *)c->k + token * c->k_stride, *v = (const NUMBER *)c->v + token * c->v_stride;
     NUMBER *to = (NUMBER *)l->kv + slot / l->block_size * l->block_stride + slot % l->block_size * dim;
-    for (int64_t head = 0; head < l->num_kv_heads; head++) {
-        memcpy(to + head * l->head_stride, k + head * dim, (size_t)dim * sizeof(NUMBER));
-        memcpy(to + head * l->head_stride + l->value_offset, v + head * dim, (size_t)dim * sizeof(NUMBER));
+    const int64_t at = c->step->positions[token] * (dim / 2);
+    const float *cosines = l->cosines + at, *sines = l->sines + at;
+    for (int64_t head = 0; l->cosines && head < l->num_heads; head++)
+        NAME(rotate)(q + head * dim, q + head * dim, cosines, sines, dim / 2);
+    for (int64_t head = 0; head < l->num_kv_heads; head++, k += dim, v += dim, to += l->head_stride) {
+        if (l->cosines) NAME(rotate)(k, to, cosines, sines, dim / 2);
+        else memcpy(to, k, (size_t)dim * sizeof(NUMBER));
+        memcpy(to + l->value_offset, v, (size_t)dim * sizeof(NUMBER));
     }
 }
 
@@ -121,3 +125,6 @@ static void NAME(attend)(const Call *c, const Task *t) {
 #undef LOAD
 #undef STORE
 #undef NAME
+#ifdef ROTATE16
+#undef ROTATE16
+#endif

@@ -101,6 +101,17 @@ static inline __m512 load_bf16(const bf16 *from, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
+/* `count`, at most sixteen, pairs (x[i], x[half + i]) turned by their angles. */
+static inline void rotate_16(const bf16 *x, bf16 *to, const float *cosines, const float *sines, int64_t half,
+                             int64_t count) {
+    const __mmask16 mask = (__mmask16)(count < 16 ? (1 << count) - 1 : 0xffff);
+    const __m512 a = load_bf16(x, mask), b = load_bf16(x + half, mask);
+    const __m512 c = _mm512_maskz_loadu_ps(mask, cosines), s = _mm512_maskz_loadu_ps(mask, sines);
+    const __m512 low = _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), high = _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s));
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(low));
+    _mm256_mask_storeu_epi16(to + half, mask, (__m256i)_mm512_cvtneps_pbh(high));
+}
+
 /* Two rows of 16 floats -> 16 pairs (low, high) of bf16: one row of an AMX B operand. */
 static inline __m512i pair_rows(__m512 low, __m512 high) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,

@@ -62,7 +62,7 @@ EXPORT int64_t ds_gather(const Packed *w, const int64_t *ids, int64_t count, bf1
  * many bytes of each stay in the second-level cache, next to the following group, and outputs are written some hundred
  * bytes side by side. */
 #define CACHED_ROWS (640 << 10)
-#define CACHED_UNITS (512 << 10)
+#define CACHED_UNITS (256 << 10)
 
 /* Prefetching a straight line of memory page after page keeps one hardware stream busy; eight pages at once keep eight,
  * and read 1.5 times as fast. So the next 32 KB are asked for, sixteen lines of each page in turn, while these are used.
