@@ -38,7 +38,7 @@ NOUNS = {
 # room: (rooms and modules it may import beside itself and the nouns it may use, those nouns)
 ROOMS: Final = {
     "sched": (set(), {"request", "errors"}),
-    "costs": ({"sched.base"}, {"specs", "errors", "catalogue", "cluster", "plan"}),
+    "costs": ({"sched.base"}, {"specs", "errors", "catalogue", "cluster", "knee", "plan"}),
     "sim": ({"sched", "costs"}, NOUNS),
     "planner": ({"sim", "costs"}, NOUNS),
     "engine": ({"sched.base"}, NOUNS),

@@ -62,13 +62,7 @@ class Capacity:
 
 def allowed_tp(spec: ModelSpec) -> tuple[int, ...]:
     """The tensor parallelisms that divide the model: heads and MLP in equal parts; KV heads too, or each rank one."""
-    return tuple(
-        tp
-        for tp in range(1, spec.num_heads + 1)
-        if spec.num_heads % tp == 0
-        and spec.ffn_size % tp == 0
-        and (spec.num_kv_heads % tp == 0 or tp % spec.num_kv_heads == 0)
-    )
+    return tuple(tp for tp in range(1, spec.num_heads + 1) if _divides(spec, tp))
 
 
 def allowed_pp(spec: ModelSpec) -> tuple[int, ...]:
@@ -155,12 +149,16 @@ def itemsize(spec: ModelSpec, dtype: str | None) -> int:
     return DTYPE_BYTES[wanted]
 
 
+def _divides(spec: ModelSpec, tp: int) -> bool:
+    kv_heads = spec.num_kv_heads
+    return spec.num_heads % tp == spec.ffn_size % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+
+
 def _check(spec: ModelSpec, tp: int, pp: int) -> None:
-    allowed = allowed_tp(spec)
-    if tp not in allowed:
+    if tp < 1 or not _divides(spec, tp):
         raise PlanError(
             f"tp = {tp} does not divide the model's {spec.num_heads} heads ({spec.num_kv_heads} of KV) and MLP of "
-            f"{spec.ffn_size}: take one of {', '.join(map(str, allowed))}"
+            f"{spec.ffn_size}: take one of {', '.join(map(str, allowed_tp(spec)))}"
         )
     if not 1 <= pp <= spec.num_layers:
         raise PlanError(f"pp = {pp} stages for a model of {spec.num_layers} layers: take 1 to {spec.num_layers}")

@@ -93,9 +93,8 @@ def shares(spec: ModelSpec, source: Seats, target: Seats) -> Iterator[tuple[int,
             if layers <= 0:
                 continue
             for to_rank in range(target.tp):
-                for head in _heads(spec, target.tp, to_rank):
-                    from_rank = _holder(spec, source.tp, head, to_rank)
-                    yield from_stage * source.tp + from_rank, to_stage * target.tp + to_rank, layers
+                for from_rank, heads in _holders(spec.num_kv_heads, source.tp, target.tp, to_rank):
+                    yield from_stage * source.tp + from_rank, to_stage * target.tp + to_rank, layers * heads
 
 
 def _stages(spec: ModelSpec, pp: int) -> Iterator[tuple[int, int, int]]:
@@ -106,15 +105,18 @@ def _stages(spec: ModelSpec, pp: int) -> Iterator[tuple[int, int, int]]:
         first += count
 
 
-def _heads(spec: ModelSpec, tp: int, rank: int) -> range:
-    """KV heads of a rank."""
-    first = rank * spec.num_kv_heads // tp
-    return range(first, max(first + 1, (rank + 1) * spec.num_kv_heads // tp))
+def _holders(num_heads: int, tp: int, to_tp: int, reader: int) -> Iterator[tuple[int, int]]:
+    """(rank of tp, how many KV heads the `reader`, a rank of to_tp, reads from it)."""
+    head, end = _heads(num_heads, to_tp, reader)
+    copies = max(1, tp // num_heads)
+    while head < end:
+        rank = head * copies + reader % copies if copies > 1 else head * tp // num_heads
+        until = min(end, _heads(num_heads, tp, rank)[1])
+        yield rank, until - head
+        head = until
 
 
-def _holder(spec: ModelSpec, tp: int, head: int, reader: int) -> int:
-    """The rank that `reader` reads `head` from."""
-    if tp <= spec.num_kv_heads:
-        return head * tp // spec.num_kv_heads
-    copies = tp // spec.num_kv_heads
-    return head * copies + reader % copies
+def _heads(num_heads: int, tp: int, rank: int) -> tuple[int, int]:
+    """(first, after the last) of the KV heads of a rank."""
+    first = rank * num_heads // tp
+    return first, max(first + 1, (rank + 1) * num_heads // tp)
