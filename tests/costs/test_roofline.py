@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -15,31 +13,27 @@ from hypothesis import strategies as st
 from distserve.catalogue import model_spec
 from distserve.costs.devices import catalogue, device
 from distserve.costs.memory import allowed_tp
+from distserve.costs.profile import Profile
 from distserve.costs.roofline import EAGER, Efficiency, coefficients
 from distserve.errors import PlanError
 
-# Fits of the DistServe engine's measurements on A100-80GB before upstream scaled them, in ms: prefill a + b * sum(n) +
-# c * sum(n^2); decode a + b * sum(context) + c * batch. Repository LLMServe/DistServe (Apache-2.0), history of 82831f1.
-FITS = Path(__file__).with_name("fits_a100_80g.csv")
 A100 = device("a100-80g")
 IDEAL = Efficiency(1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def errors(phase: str) -> Iterator[tuple[str, float]]:
-    """(where, ours over theirs less 1) over the range in which upstream measured."""
-    for row in csv.DictReader(FITS.read_text().splitlines()):
-        a, b, c = (float(row[key]) / 1000 for key in ("a_ms", "b_ms", "c_ms"))
-        ours = coefficients(model_spec(row["model"]), A100, int(row["tp"]), efficiency=EAGER)
-        where = f"{row['model']} tp={row['tp']}"
-        if row["phase"] == phase == "prefill":
-            for n in (128, 256, 512, 1024, 2048):
-                yield f"{where} prompt={n}", ours.prompts(n, n * n) / (a + b * n + c * n * n) - 1
-        elif row["phase"].startswith(phase):
-            batches = (1, 8, 32, 64, 94) if "under" in row["phase"] else (95, 128)
-            for batch in batches:
+    """(where, ours over theirs less 1) over the range in which upstream measured, before upstream scaled its fits."""
+    for model, by_tp in Profile.load("a100-80g-raw").models.items():
+        for tp, theirs in by_tp.items():
+            ours = coefficients(model_spec(model), A100, tp, efficiency=EAGER)
+            if phase == "prefill":
+                for n in (128, 256, 512, 1024, 2048):
+                    yield f"{model} tp={tp} prompt={n}", ours.prompts(n, n * n) / theirs.prompts(n, n * n) - 1
+                continue
+            for batch in (1, 8, 32, 64, 94, 95, 128):
                 for each in (256, 512, 1024):
-                    found = ours.decodes(batch, batch * each)
-                    yield f"{where} batch={batch} context={each}", found / (a + b * batch * each + c * batch) - 1
+                    where = f"{model} tp={tp} batch={batch} context={each}"
+                    yield where, ours.decodes(batch, batch * each) / theirs.decodes(batch, batch * each) - 1
 
 
 @pytest.mark.parametrize(("phase", "mean", "worst"), [("prefill", 0.05, 0.14), ("decode", 0.06, 0.4)])
