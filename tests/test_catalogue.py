@@ -97,7 +97,7 @@ def test_a_folder_and_a_gguf_file_are_read(tmp_path: Path) -> None:
         ("opt-13b", ["'opt-13b'", "did you mean facebook/opt-13b?"]),
         ("acme/Llama-3.1-8B", ["did you mean meta-llama/Llama-3.1-8B?"]),
         ("facebook/opt-14b", ["did you mean facebook/opt-13b", "config.json"]),
-        ("nothing-like-it", ["a hub id such as", "config.json"]),
+        ("nothing-like-it", ["give a hub id of docs/reference/models.md", "config.json"]),
         ("there-is-no.gguf", ["cannot read there-is-no.gguf"]),
     ],
 )

@@ -36,7 +36,7 @@ def model_spec(name: str) -> ModelSpec:
         raise ModelError(f"there is no model {name!r} in the catalogue: did you mean {found}?")
     near = {**without_owner, **known}
     close = difflib.get_close_matches(name.lower(), near, 1, cutoff=0.7)
-    cure = f"did you mean {near[close[0]]}" if close else "give a hub id such as facebook/opt-13b (docs/reference/models.md)"
+    cure = f"did you mean {near[close[0]]}" if close else "give a hub id of docs/reference/models.md"
     raise ModelError(f"there is no model {name!r} in the catalogue: {cure}, or a folder with its config.json")
 
 
