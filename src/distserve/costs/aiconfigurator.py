@@ -81,7 +81,7 @@ def sampled(prefill: Measure, decode: Measure) -> Coefficients:
     lines = tuple(PrefillLine(base, slope, square) for base, slope in _lower_edge(products))
     rest = tuple((n, y - max(line(n, 0.0) for line in lines)) for n, y in products)
     rows = [(batch, *_line([(batch * each, decode(batch, each)) for each in CONTEXTS])) for batch in BATCHES]
-    return Coefficients(lines, tuple(_decode_lines(rows)), prefill_rest=rest)
+    return Coefficients(lines, tuple(_decode_lines(rows)), prefill_rest=((1.0, rest),))
 
 
 def _reason_against(spec: ModelSpec, device: str, tp: int, dtype: str | None) -> str | None:

@@ -10,15 +10,18 @@ n new tokens after p computed ones; context counts the new token. For whole prom
 their squares (DistServe, OSDI'24, appendix A). A mixed step reads the weights once: its products cost what the more
 expensive of the two formulas says, with prompt and decode rows together in the first, and both attentions are added.
 
-Where points were measured, what they differ from the formula is interpolated linearly between them and added, so that a
-measured step takes exactly what was measured. Seconds and tokens throughout.
+Where points were measured, what they differ from the formula (the rest) is interpolated linearly between them and
+added, so that a measured step takes exactly what was measured: for prompts by their tokens and their effective number
+sum(n)^2 / sum(n^2), which is the number of equal ones; for decoding by batch size and context. A mixed step gets the
+rest of the formula that its products follow. Seconds and tokens throughout.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from distserve.knee import SIZES, knee
@@ -55,7 +58,50 @@ class Run(NamedTuple):
 
 
 Points = tuple[tuple[float, float], ...]  # (x, y) by x
+# (key, points) by key. Two rows may have one key: the first ends what lies below it, the second begins what lies above.
+Rows = tuple[tuple[float, Points], ...]
 EVER = float("inf")
+
+
+class Table:
+    """Rows, laid out to be looked up: linear between points and between rows, the outermost value beyond them."""
+
+    __slots__ = ("_keys", "_rows")
+
+    def __init__(self, rows: Rows) -> None:
+        self._keys = [key for key, _ in rows]
+        self._rows = [
+            ([x for x, _ in points], [y for _, y in points], [_rise(p, q) for p, q in pairwise(points)])
+            for _, points in rows
+        ]
+
+    def piece(self, key: float, x: float) -> tuple[float, float, float]:
+        """(value, slope by x, x until which the slope holds)."""
+        keys = self._keys
+        at = bisect_right(keys, key)
+        if not at:
+            return self._of_row(0, x)
+        low = keys[at - 1]
+        if low == key or at == len(keys):
+            return self._of_row(at - 1, x)
+        share = (key - low) / (keys[at] - low)
+        value, slope, until = self._of_row(at - 1, x)
+        above, rise, end = self._of_row(at, x)
+        return value + share * (above - value), slope + share * (rise - slope), min(until, end)
+
+    def _of_row(self, row: int, x: float) -> tuple[float, float, float]:
+        xs, ys, slopes = self._rows[row]
+        at = bisect_right(xs, x)
+        if not at:
+            return ys[0], 0.0, xs[0]
+        if at == len(xs):
+            return ys[-1], 0.0, EVER
+        slope = slopes[at - 1]
+        return ys[at - 1] + slope * (x - xs[at - 1]), slope, xs[at]
+
+
+def _rise(point: tuple[float, float], following: tuple[float, float]) -> float:
+    return (following[1] - point[1]) / (following[0] - point[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,50 +110,60 @@ class Coefficients:
 
     prefill: tuple[PrefillLine, ...]  # the one that gives most counts
     decode: tuple[DecodeLine, ...]  # by from_batch
-    prefill_rest: Points = ()  # (tokens of a single prompt, measured less formula)
-    decode_rest: tuple[tuple[int, Points], ...] = ()  # by batch size: (summed context, measured less formula)
+    prefill_rest: Rows = ()  # by effective number of prompts: (tokens, measured less formula)
+    decode_rest: Rows = ()  # by batch size: (summed context, measured less formula)
+    _from_batches: list[int] = field(init=False, repr=False, compare=False)  # of every decode line but the first
+    _prefill_table: Table | None = field(init=False, repr=False, compare=False)
+    _decode_table: Table | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "_from_batches", [line.from_batch for line in self.decode[1:]])
+        put(self, "_prefill_table", Table(self.prefill_rest) if self.prefill_rest else None)
+        put(self, "_decode_table", Table(self.decode_rest) if self.decode_rest else None)
 
     def prompts(self, tokens: float, squares: float) -> float:
         """Seconds to compute `tokens` prompt tokens, sum of squares `squares`."""
-        seconds = max(line(tokens, squares) for line in self.prefill)
-        return seconds + interpolate(self.prefill_rest, tokens) if self.prefill_rest else seconds
+        if len(self.prefill) == 1:
+            base, per_token, per_square = self.prefill[0]
+            seconds = base + per_token * tokens + per_square * squares
+        else:
+            seconds = max([line(tokens, squares) for line in self.prefill])
+        if self._prefill_table is None:
+            return seconds
+        return seconds + self._prefill_table.piece(tokens * tokens / squares if squares else 1.0, tokens)[0]
 
     def decode_line(self, batch: int) -> DecodeLine:
-        lines = self.decode
-        return lines[max(0, bisect_right(lines, batch, key=_from_batch) - 1)]
+        return self.decode[bisect_right(self._from_batches, batch)]
 
     def decodes(self, batch: int, context: float) -> float:
         """Seconds of a step that decodes `batch` sequences of `context` tokens together."""
-        line = self.decode_line(batch)
-        seconds = line.base + line.per_context * context + line.per_sequence * batch
-        return seconds + self._rest(batch, context)[0] if self.decode_rest else seconds
+        _, base, per_context, per_sequence = self.decode[bisect_right(self._from_batches, batch)]
+        seconds = base + per_context * context + per_sequence * batch
+        return seconds if self._decode_table is None else seconds + self._decode_table.piece(batch, context)[0]
 
     def mixed(self, tokens: float, squares: float, batch: int, context: float) -> float:
         """Seconds of a step with both."""
         line = self.decode_line(batch)
-        products = max(p.base + p.per_token * (tokens + batch) for p in self.prefill)
-        attention = min(p.per_square for p in self.prefill) * squares + line.per_context * context
-        return max(products, line.base + line.per_sequence * batch) + max(0.0, attention)
+        prompts = max([p.base + p.per_token * (tokens + batch) for p in self.prefill])
+        decodes = line.base + line.per_sequence * batch
+        rest = 0.0
+        if prompts >= decodes:
+            if self._prefill_table is not None:
+                rest = self._prefill_table.piece(tokens * tokens / squares if squares else 1.0, tokens)[0]
+        elif self._decode_table is not None:
+            rest = self._decode_table.piece(batch, context)[0]
+        attention = min([p.per_square for p in self.prefill]) * squares + line.per_context * context
+        return max(prompts, decodes) + rest + max(0.0, attention)
 
     def run(self, batch: int, context: float) -> Run:
-        line = self.decode_line(batch)
-        seconds = line.base + line.per_context * context + line.per_sequence * batch
-        if not self.decode_rest:
-            return Run(seconds, line.per_context * batch, EVER)
-        rest, slope, until = self._rest(batch, context)
-        return Run(seconds + rest, (line.per_context + slope) * batch, max(1.0, (until - context) // batch + 1))
-
-    def _rest(self, batch: int, context: float) -> tuple[float, float, float]:
-        """(value, slope by context, context until which the slope holds) of what was measured beside the formula."""
-        rows = self.decode_rest
-        at = bisect_right(rows, batch, key=_from_batch)
-        low, high = rows[max(0, at - 1)], rows[min(at, len(rows) - 1)]
-        share = (batch - low[0]) / (high[0] - low[0]) if high[0] > low[0] and batch > low[0] else 0.0
-        parts = [(1 - share, low[1])] + ([(share, high[1])] if share else [])
-        value = sum(weight * interpolate(points, context) for weight, points in parts)
-        slope = sum(weight * _slope(points, context) for weight, points in parts)
-        until = min((x for _, points in parts for x, _ in points if x > context), default=EVER)
-        return value, slope, until
+        """A batch that begins with `context` and grows by one token a sequence and step."""
+        _, base, per_context, per_sequence = self.decode[bisect_right(self._from_batches, batch)]
+        seconds = base + per_context * context + per_sequence * batch
+        if self._decode_table is None:
+            return Run(seconds, per_context * batch, EVER)
+        rest, slope, until = self._decode_table.piece(batch, context)
+        return Run(seconds + rest, (per_context + slope) * batch, (until - context) // batch + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +188,23 @@ class Latency:
     decode_step: Host = Host()
     padded: bool = False  # the prompts of a step are computed as long as the longest of them
 
-    def batch(self, items: Iterable[tuple[Scheduled, int]]) -> tuple[float, float]:
-        """(host, each stage) in seconds for a batch of any kind."""
+    def batch(
+        self, items: Sequence[tuple[Scheduled, int]], decoding: int = 0, their_context: int = 0
+    ) -> tuple[float, float]:
+        """(host, each stage) in seconds for a step of any kind: `items`, and beside them so many sequences that decode,
+        with so many tokens of context together."""
         tokens, squares, batch, context = composition(items, self.padded)
+        batch, context = batch + decoding, context + their_context
         if not tokens:
-            seconds = self.coefficients.decodes(batch, context)
-        elif not batch:
-            seconds = self.coefficients.prompts(tokens, squares)
+            step, seconds = self.decode_step, self.coefficients.decodes(batch, context)
         else:
-            seconds = self.coefficients.mixed(tokens, squares, batch, context)
-        return self._host(tokens, batch), self._stage(seconds)
+            step = self.prompt_step
+            if batch:
+                seconds = self.coefficients.mixed(tokens, squares, batch, context)
+            else:
+                seconds = self.coefficients.prompts(tokens, squares)
+        host = step.per_step + step.per_token * tokens + step.per_sequence * (len(items) + decoding)
+        return host, seconds * self.share + self.handover if self.pp > 1 else seconds * self.share
 
     def prompts(self, lengths: Sequence[int]) -> float:
         """Seconds from the start of a batch of whole prompts to its tokens."""
@@ -175,8 +238,12 @@ class Latency:
         return host + self.pp * self._stage(seconds)
 
 
-def composition(items: Iterable[tuple[Scheduled, int]], padded: bool = False) -> tuple[int, int, int, int]:
+def composition(items: Sequence[tuple[Scheduled, int]], padded: bool = False) -> tuple[int, int, int, int]:
     """(prompt tokens, their squares, decoding sequences, their context) of a batch."""
+    contexts = [sequence.num_computed for sequence, n in items if n == 1]
+    batch = len(contexts)
+    if batch == len(items) and 0 not in contexts:  # nearly every step: everybody decodes
+        return 0, 0, batch, sum(contexts) + batch
     tokens = squares = batch = context = prompts = longest = 0
     for sequence, n in items:
         computed = sequence.num_computed
@@ -191,24 +258,3 @@ def composition(items: Iterable[tuple[Scheduled, int]], padded: bool = False) ->
     if padded and prompts > 1:
         tokens, squares = prompts * longest, prompts * longest * longest
     return tokens, squares, batch, context
-
-
-def interpolate(points: Points, x: float) -> float:
-    """Linear between neighbours; the value of the outermost point beyond it."""
-    at = bisect_right(points, x, key=_from_batch)
-    if at == 0 or at == len(points):
-        return points[max(0, at - 1)][1]
-    (x0, y0), (x1, y1) = points[at - 1], points[at]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-
-
-def _slope(points: Points, x: float) -> float:
-    at = bisect_right(points, x, key=_from_batch)
-    if at == 0 or at == len(points):
-        return 0.0
-    (x0, y0), (x1, y1) = points[at - 1], points[at]
-    return (y1 - y0) / (x1 - x0)
-
-
-def _from_batch(row: tuple[float, object] | DecodeLine) -> float:
-    return row[0]
