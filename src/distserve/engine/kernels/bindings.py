@@ -57,6 +57,20 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Block(ctypes.Structure):
+    """`Block` of stack.h: addresses of two norms' weights, of four packed weights and of a `Layer`."""
+
+    _fields_ = [
+        (name, _pointer) for name in ("attention_norm", "mlp_norm", "qkv", "out", "gate_up", "down", "attention")
+    ]
+
+
+class StackOfBlocks(ctypes.Structure):
+    """`Stack` of stack.h."""
+
+    _fields_ = [("blocks", _pointer), ("num_blocks", _int), ("width", _int), ("eps", _double)]
+
+
 class Kernels:
     """The loaded library. `tiles`: matrix products and attention run on AMX."""
 
@@ -79,6 +93,8 @@ class Kernels:
         self.gather = function("ds_gather", _pointer, _pointer, _int, _pointer, result=_int)
         if self.tiles:
             self.linear = function("ds_linear", _pointer, _pointer, _int, _int, _pointer, _int, _int)
+            self.stack = function("ds_stack", *(_pointer,) * 4, _int, _pointer, _pointer)
+            self.stack_bytes = function("ds_stack_bytes", _pointer, _int, result=_int)
 
     def set_num_threads(self, count: int) -> None:
         """Threads of every later call. Results do not depend on it."""
@@ -113,8 +129,8 @@ class PackedWeight:
         self._bias = bias
         at_bias = None if bias is None else bias.data_ptr()
         self._struct = _Packed(self._memory.data_ptr(), at_bias, num_outputs, num_inputs, int(gated))
-        self._address = ctypes.addressof(self._struct)
-        kernels.pack(self._address, weight.data_ptr(), self._memory.data_ptr())
+        self.address = ctypes.addressof(self._struct)
+        kernels.pack(self.address, weight.data_ptr(), self._memory.data_ptr())
         self._linear, self._gather = kernels.linear, kernels.gather
         self._inputs = num_inputs
         self.gated = gated
@@ -125,20 +141,20 @@ class PackedWeight:
         """x [T, K] bf16, rows contiguous -> [T, N] bf16 (gated: silu(gate) * up [T, N/2])."""
         rows = x.shape[0]
         out = torch.empty((rows, self._width), dtype=torch.bfloat16)
-        self._linear(self._address, x.data_ptr(), x.stride(0), rows, out.data_ptr(), self._width, self._mode)
+        self._linear(self.address, x.data_ptr(), x.stride(0), rows, out.data_ptr(), self._width, self._mode)
         return out
 
     def logits(self, x: Tensor) -> Tensor:
         """x [R, K] bf16 -> [R, N] fp32, not rounded to bf16 on the way."""
         rows = x.shape[0]
         out = torch.empty((rows, self._width), dtype=torch.float32)
-        self._linear(self._address, x.data_ptr(), x.stride(0), rows, out.data_ptr(), self._width, _MODES["float32"])
+        self._linear(self.address, x.data_ptr(), x.stride(0), rows, out.data_ptr(), self._width, _MODES["float32"])
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` [T] int64 of the unpacked weight. Raises IndexError."""
         out = torch.empty((ids.shape[0], self._inputs), dtype=torch.bfloat16)
-        if self._gather(self._address, ids.data_ptr(), ids.shape[0], out.data_ptr()):
+        if self._gather(self.address, ids.data_ptr(), ids.shape[0], out.data_ptr()):
             raise IndexError(f"a token id is outside the vocabulary of {self._width}")
         return out
 
@@ -154,14 +170,19 @@ class _Arena:
         """`size` bytes, aligned to 64; uninitialised."""
         size = -(-max(size, 64) // 64) * 64
         if size > self._chunk.numel():
-            whole = -(-max(size, _ARENA) // _HUGE_PAGE) * _HUGE_PAGE
-            memory = mmap.mmap(-1, whole + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self._chunk = torch.frombuffer(memory, dtype=torch.uint8)
-            self._chunk = self._chunk[-self._chunk.data_ptr() % _HUGE_PAGE :]
+            self._chunk = huge_pages(max(size, _ARENA))
         taken, self._chunk = self._chunk[:size], self._chunk[size:]
         return taken
+
+
+def huge_pages(size: int) -> Tensor:
+    """At least `size` bytes in huge pages where the system has them; a page takes memory when it is first written."""
+    whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE
+    memory = mmap.mmap(-1, whole + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    pages = torch.frombuffer(memory, dtype=torch.uint8)
+    return pages[-pages.data_ptr() % _HUGE_PAGE :]
 
 
 _arena = _Arena()

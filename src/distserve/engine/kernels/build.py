@@ -17,6 +17,7 @@ SOURCES = (
     "attention_plain.h",
     "attention_vectors.h",
     "pointwise.h",
+    "stack.h",
 )
 
 

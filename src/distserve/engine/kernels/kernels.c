@@ -28,6 +28,8 @@
 #define STORE16(to, mask, x) _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x))
 #include "pointwise.h"
 
+#include "stack.h"
+
 EXPORT void ds_set_num_threads(int64_t count) { num_threads = (int)MAX(1, count); }
 
 EXPORT int64_t ds_has_threads(void) {

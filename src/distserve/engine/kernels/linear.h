@@ -12,7 +12,7 @@
 
 #include "common.h"
 
-enum { OUT_BF16 = 0, OUT_F32 = 1, OUT_GATED = 2 };
+enum { OUT_BF16 = 0, OUT_F32 = 1, OUT_GATED = 2, OUT_ADDED = 3 }; /* ADDED: to the fp32 numbers that are there */
 
 typedef struct {
     const bf16 *weight; /* packed */
@@ -140,8 +140,12 @@ static inline __attribute__((always_inline)) void write_sums(const Product *p, i
             const __m512i y = (__m512i)_mm512_cvtne2ps_pbh(b, a);
             _mm512_mask_storeu_epi16((bf16 *)p->out + n->at, (__mmask32)n->mask0 | (__mmask32)n->mask1 << 16, y);
         } else {
-            _mm512_mask_storeu_ps((float *)p->out + n->at, n->mask0, a);
-            _mm512_mask_storeu_ps((float *)p->out + n->at + 16, n->mask1, b);
+            float *to = (float *)p->out + n->at;
+            const int added = mode == OUT_ADDED;
+            const __m512 x = added ? _mm512_add_ps(_mm512_maskz_loadu_ps(n->mask0, to), a) : a;
+            const __m512 y = added ? _mm512_add_ps(_mm512_maskz_loadu_ps(n->mask1, to + 16), b) : b;
+            _mm512_mask_storeu_ps(to, n->mask0, x);
+            _mm512_mask_storeu_ps(to + 16, n->mask1, y);
         }
     }
 }
@@ -149,7 +153,7 @@ static inline __attribute__((always_inline)) void write_sums(const Product *p, i
 /* Asks for the lines that these rows of a unit's outputs will be written to: stores wait for them one by one. */
 static inline __attribute__((always_inline)) void prefetch_outputs(const Product *p, int64_t mode, int64_t unit,
                                                                    int64_t row, int64_t count) {
-    const int64_t itemsize = mode == OUT_F32 ? 4 : 2, first = unit * (mode == OUT_GATED ? 16 : 32);
+    const int64_t itemsize = mode == OUT_F32 || mode == OUT_ADDED ? 4 : 2, first = unit * (mode == OUT_GATED ? 16 : 32);
     const char *at = (const char *)p->out + (row * p->out_stride + first) * itemsize;
     for (int64_t i = 0; i < count; i++, at += p->out_stride * itemsize) __builtin_prefetch(at, 1);
 }
@@ -211,6 +215,8 @@ static void multiply(const Product *p, const bf16 *x, int64_t stride, int64_t ro
                      int64_t last, int first_use, Ahead *ahead) {
     if (p->mode == OUT_GATED) multiply_rows(p, OUT_GATED, x, stride, row, count, first, last, first_use, ahead);
     else if (p->mode == OUT_BF16) multiply_rows(p, OUT_BF16, x, stride, row, count, first, last, first_use, ahead);
+    else if (p->mode == OUT_ADDED)
+        multiply_rows(p, OUT_ADDED, x, stride, row, count, first, last, first_use, ahead);
     else multiply_rows(p, OUT_F32, x, stride, row, count, first, last, first_use, ahead);
 }
 

@@ -1,20 +1,21 @@
 /* Row-wise kernels: norms, activation. Included once per number format, with NUMBER, LOAD, STORE and NAME defined, and
- * LOAD16 and STORE16 for the vectors of processors with AMX; plain C elsewhere, which compilers vectorise. Sixteen running sums make the order of additions, and so the result,
- * independent of the compiler's choice of vector width.
+ * LOAD16 and STORE16 for the vectors of processors with AMX; plain C elsewhere, which compilers vectorise. Sixteen running
+ * sums make the order of additions, and so the result, independent of the compiler's choice of vector width.
  */
 
 #ifdef HAVE_AMX
 
-/* One row: to = x (with a residual: of residual += x) over its root mean square, times weight. */
+/* One row: to = x (with a residual: of residual += x; with a residual and no x: of the residual) over its root mean
+ * square, times weight. */
 static inline void NAME(normalise)(const NUMBER *x, float *residual, const NUMBER *weight, NUMBER *to, int64_t width,
                                    float eps) {
     float sums[16], plain[residual ? 1 : width], *wide = residual ? residual : plain;
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
         const __mmask16 inside = (__mmask16)(width - i < 16 ? (1 << (width - i)) - 1 : 0xffff);
-        __m512 number = LOAD16(x + i, inside);
-        if (residual) number = _mm512_add_ps(_mm512_maskz_loadu_ps(inside, residual + i), number);
-        _mm512_mask_storeu_ps(wide + i, inside, number);
+        __m512 number = residual ? _mm512_maskz_loadu_ps(inside, residual + i) : LOAD16(x + i, inside);
+        if (residual && x) number = _mm512_add_ps(number, LOAD16(x + i, inside));
+        if (x) _mm512_mask_storeu_ps(wide + i, inside, number);
         squares = _mm512_fmadd_ps(number, number, squares);
     }
     _mm512_storeu_ps(sums, squares);

@@ -5,14 +5,18 @@ from distserve.engine.layers.attention import StepLayout, attention, rope_attent
 from distserve.engine.layers.linear import Embedding, GatedLinear, Head, Linear, MergedLinear
 from distserve.engine.layers.norm import add_rms_norm, rms_norm
 from distserve.engine.layers.rope import Rotary
+from distserve.engine.layers.stack import AttentionShape, BlockParts, Stack
 
 __all__ = [
+    "AttentionShape",
+    "BlockParts",
     "Embedding",
     "GatedLinear",
     "Head",
     "Linear",
     "MergedLinear",
     "Rotary",
+    "Stack",
     "StepLayout",
     "add_rms_norm",
     "attention",

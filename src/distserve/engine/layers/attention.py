@@ -76,11 +76,11 @@ def attention(
     if library is None:
         return attention_reference(q, k, v, kv, step, scale, window)
     num_tokens, num_heads, dim = q.shape
-    layer = _layer(kv, None, num_heads, scale, window)
+    layer = describe_layer(kv, None, num_heads, scale, window)
     out = torch.empty((num_tokens, num_heads * dim), dtype=q.dtype)
     q, k, v = (x if x.stride(2) == 1 and x.stride(1) == dim else x.contiguous() for x in (q, k, v))
     parts = (argument for x in (q, k, v) for argument in (x.data_ptr(), x.stride(0)))
-    library.attention(layer, _step(step), *parts, out.data_ptr())
+    library.attention(layer, describe_step(step), *parts, out.data_ptr())
     return out
 
 
@@ -98,13 +98,13 @@ def rope_attention(
     library = _kernels(qkv, kv)
     if library is None:
         return rope_attention_reference(qkv, rope, kv, step, num_heads, num_kv_heads, scale, window)
-    layer = _layer(kv, rope, num_heads, scale, window)
+    layer = describe_layer(kv, rope, num_heads, scale, window)
     size, stride = kv.shape[4] * qkv.element_size(), qkv.stride(0)
     q = qkv.data_ptr()
     k = q + num_heads * size
     v = k + num_kv_heads * size
     out = torch.empty((qkv.shape[0], num_heads * kv.shape[4]), dtype=qkv.dtype)
-    library.attention(layer, _step(step), q, stride, k, stride, v, stride, out.data_ptr())
+    library.attention(layer, describe_step(step), q, stride, k, stride, v, stride, out.data_ptr())
     return out
 
 
@@ -117,7 +117,7 @@ def _kernels(x: Tensor, kv: Tensor) -> kernels.Kernels | None:
     return kernels.load() if fits else None
 
 
-def _layer(kv: Tensor, rope: Rotary | None, num_heads: int, scale: float, window: int | None) -> int:
+def describe_layer(kv: Tensor, rope: Rotary | None, num_heads: int, scale: float, window: int | None) -> int:
     """The address of the kernels' description of one layer; made once for a cache that stays where it is."""
     strides = kv.stride()
     key = (kv.data_ptr(), kv.shape, strides, kv.dtype, rope, num_heads, scale, window)
@@ -135,7 +135,7 @@ def _layer(kv: Tensor, rope: Rotary | None, num_heads: int, scale: float, window
     return _layers[key][1]
 
 
-def _step(step: StepLayout) -> int:
+def describe_step(step: StepLayout) -> int:
     """The address of the kernels' view of the step, made by the first layer that asks."""
     if step._native is None:
         tensors = (step.query_starts, step.context_lens, step.block_tables, step.positions, step.slots)

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from distserve.engine.layers import (
+    AttentionShape,
+    BlockParts,
     Embedding,
     GatedLinear,
     Head,
     Linear,
     MergedLinear,
     Rotary,
+    Stack,
     StepLayout,
     add_rms_norm,
     rms_norm,
@@ -81,6 +84,11 @@ class Layer(nn.Module):
         x, residual = self.mlp_norm.add(self.attention(x, rope, kv, step), residual)
         return self.down(self.gate_up(x)), residual
 
+    def parts(self) -> BlockParts:
+        attention = self.attention
+        norms = (self.attention_norm.weight, self.mlp_norm.weight)
+        return BlockParts(norms[0], attention.qkv, attention.out, norms[1], self.gate_up, self.down)
+
 
 class Llama(Model):
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
@@ -95,9 +103,15 @@ class Llama(Model):
     def finish(self, max_model_len: int, device: torch.device) -> None:
         scaling = None if self.spec.rope_scaling is None else dict(self.spec.rope_scaling)
         self.rope = Rotary(self.spec.head_dim, self.spec.rope_theta, max_model_len, scaling).to(device)
+        parts = [layer.parts() for layer in self.layers if isinstance(layer, Layer)]
+        shape = AttentionShape(self.spec.num_heads, self.spec.head_dim**-0.5, self.spec.sliding_window)
+        self.stack = Stack.build(parts, shape, self.spec.norm_eps)
 
     def forward(self, ids: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
         x: Tensor = self.embedding(ids)
+        if self.stack is not None:
+            total = self.stack.forward(x, self.rope, kv, step, rows)
+            return self.norm.add(torch.zeros_like(total, dtype=x.dtype), total)[0]
         residual: Tensor | None = None
         for layer, cache in zip(self.layers, kv, strict=True):
             x, residual = layer(x, residual, self.rope, cache, step)
