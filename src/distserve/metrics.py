@@ -90,6 +90,48 @@ class SLO:
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """SLOs of several applications, by the name that a request carries."""
+
+    default: SLO = SLO()  # of requests whose application is not among them
+    by_app: tuple[tuple[str, SLO], ...] = ()
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> Targets:
+        """Each `[APP:]ttft=0.25,tpot=0.1`; the one without an application is of all that are not named."""
+        default, by_app = None, {}
+        for text in texts:
+            app, colon, targets = text.rpartition(":")
+            app, slo = app.strip(), SLO.parse(targets)
+            if (not colon and default is not None) or app in by_app or (colon and not app):
+                raise UsageError(f"SLO {text!r}: give each application's once, such as chat:ttft=0.25,tpot=0.1")
+            if colon:
+                by_app[app] = slo
+            else:
+                default = slo
+        return cls(default or SLO(), tuple(by_app.items()))
+
+    def __str__(self) -> str:
+        named = [f"{app}: {slo}" for app, slo in self.by_app]
+        return "; ".join(named + ([str(self.default)] if self.default != SLO() or not named else []))
+
+    def of(self, app: str) -> SLO:
+        for name, slo in self.by_app:
+            if name == app:
+                return slo
+        return self.default
+
+    def ttft_met(self, record: Record) -> bool:
+        return self.of(record.app).ttft_met(record)
+
+    def tpot_met(self, record: Record) -> bool:
+        return self.of(record.app).tpot_met(record)
+
+    def met(self, record: Record) -> bool:
+        return self.of(record.app).met(record)
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """Mean and quantiles in seconds; None where nothing was measured."""
 
@@ -210,7 +252,7 @@ def tpot(first: float, last: float, output_tokens: int) -> float | None:
     return (last - first) / (output_tokens - 1) if output_tokens > 1 else None
 
 
-def attainment(records: Sequence[Record], slo: SLO) -> Attainment:
+def attainment(records: Sequence[Record], slo: SLO | Targets) -> Attainment:
     """Of at least one record."""
     n = len(records)
     return Attainment(*(sum(map(met, records)) / n for met in (slo.met, slo.ttft_met, slo.tpot_met)))
