@@ -13,7 +13,7 @@ A sequence's life (which states a scheduler uses depends on its role):
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -31,21 +31,120 @@ class State(Enum):
     ABORTED = "aborted"
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A request as a scheduler sees it. `add` takes ownership; only its scheduler writes to it afterwards."""
+class Clock(Protocol):
+    """What a sequence in lockstep with others knows its tokens from (`lockstep.py`)."""
 
-    id: int
-    num_tokens: int  # tokens known so far: prompt and generated
-    attempt: int = 1
-    num_kv_tokens: int = 0  # decode: how many of them have their KV waiting to be pulled (0: compute it here)
-    num_computed: int = 0  # tokens whose KV is in `blocks`
-    blocks: list[int] = field(default_factory=list)
-    state: State = State.QUEUED
-    scheduled: int = 0  # tokens of it in a batch that has not completed (0: it may be scheduled)
-    arrival: float = 0.0  # when it was added here
-    place: int = 0  # its place in the order of arrival here, given by `add`; a preempted sequence keeps it
-    lease: float = 0.0  # HELD: until when its blocks are kept without word from the puller
+    ticks: int  # steps completed
+    in_flight: bool
+    joined: list[Sequence]  # those that are for the first time in the batch in flight
+
+    @property
+    def context(self) -> int:
+        """Tokens of all of them together."""
+        ...
+
+
+class Sequence:
+    """A request as a scheduler sees it. `add` takes ownership; only its scheduler writes to it afterwards.
+
+    id               of the request, or of its attempt
+    num_tokens       tokens known so far: prompt and generated
+    attempt
+    num_kv_tokens    decode: how many of them have their KV waiting to be pulled (0: compute it here)
+    num_computed     tokens whose KV is in `blocks`
+    blocks
+    state
+    scheduled        tokens of it in a batch that has not completed (0: it may be scheduled)
+    arrival          when it was added here
+    place            its place in the order of arrival here, given by `add`; a preempted sequence keeps it
+    lease            HELD: until when its blocks are kept without word from the puller
+    """
+
+    __slots__ = (
+        "_clock",
+        "_computed",
+        "_entered",
+        "_scheduled",
+        "_tokens",
+        "arrival",
+        "attempt",
+        "blocks",
+        "id",
+        "lease",
+        "num_kv_tokens",
+        "place",
+        "state",
+    )
+
+    def __init__(
+        self,
+        id: int,
+        num_tokens: int,
+        attempt: int = 1,
+        num_kv_tokens: int = 0,
+        num_computed: int = 0,
+        blocks: list[int] | None = None,
+    ) -> None:
+        self.id = id
+        self.attempt = attempt
+        self.num_kv_tokens = num_kv_tokens
+        self.blocks: list[int] = [] if blocks is None else blocks
+        self.state = State.QUEUED
+        self.arrival = 0.0
+        self.place = 0
+        self.lease = 0.0
+        self._tokens = num_tokens
+        self._computed = num_computed
+        self._scheduled = 0
+        self._clock: Clock | None = None
+        self._entered = 0
+
+    @property
+    def num_tokens(self) -> int:
+        clock = self._clock
+        return self._tokens if clock is None else self._tokens + clock.ticks - self._entered
+
+    @num_tokens.setter
+    def num_tokens(self, value: int) -> None:
+        assert self._clock is None, "a sequence in lockstep does not count for itself"
+        self._tokens = value
+
+    @property
+    def num_computed(self) -> int:
+        clock = self._clock
+        return self._computed if clock is None else self._computed + clock.ticks - self._entered
+
+    @num_computed.setter
+    def num_computed(self, value: int) -> None:
+        assert self._clock is None, "a sequence in lockstep does not count for itself"
+        self._computed = value
+
+    @property
+    def scheduled(self) -> int:
+        clock = self._clock
+        return self._scheduled if clock is None else int(clock.in_flight)
+
+    @scheduled.setter
+    def scheduled(self, value: int) -> None:
+        assert self._clock is None, "a sequence in lockstep does not count for itself"
+        self._scheduled = value
+
+    @property
+    def in_lockstep(self) -> bool:
+        return self._clock is not None
+
+    def enter(self, clock: Clock) -> None:
+        """From now on its tokens grow by one with each tick."""
+        self._clock, self._entered = clock, clock.ticks
+
+    def exit(self) -> None:
+        """It counts for itself again."""
+        tokens, computed, scheduled = self.num_tokens, self.num_computed, self.scheduled
+        self._clock = None
+        self._tokens, self._computed, self._scheduled = tokens, computed, scheduled
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.id}, {self.num_computed} of {self.num_tokens} tokens, {self.state.value})"
 
 
 @dataclass(slots=True)
@@ -57,6 +156,8 @@ class Batch:
 
     id: int
     items: list[tuple[Sequence, int]]
+    lockstep: Clock | None = None  # of the first `num_lockstep` of them: what they advance in step with
+    num_lockstep: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -67,7 +168,7 @@ class StepResult(Protocol):
     """What the world reports of an executed batch."""
 
     @property
-    def ended(self) -> Container[int]:
+    def ended(self) -> Collection[int]:
         """Ids of the sequences whose sampled token was their last."""
         ...
 

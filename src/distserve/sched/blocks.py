@@ -84,3 +84,27 @@ class BlockPool:
         blocks.reverse()
         self._free += blocks
         blocks.clear()
+
+
+class BlockCount(BlockPool):
+    """Blocks without ids, for a world that has no memory: only how many are free is true."""
+
+    __slots__ = ("_num_free",)
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        super().__init__(num_blocks, block_size)
+        self._num_free = num_blocks
+
+    @property
+    def num_free(self) -> int:
+        return self._num_free
+
+    def allocate(self, n: int) -> list[int]:
+        assert 0 <= n <= self._num_free, f"{n} blocks wanted, {self._num_free} free: check num_free first"
+        self._num_free -= n
+        return [0] * n
+
+    def free(self, blocks: list[int]) -> None:
+        self._num_free += len(blocks)
+        assert self._num_free <= self.num_blocks, "more blocks are freed than there are"
+        blocks.clear()

@@ -18,12 +18,14 @@ Three rules keep it free of starvation and livelock:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Collection
 from heapq import heappop, heappush
 
 from distserve.sched.base import Batch, Load, Outcome, Sequence, State, StepResult
 from distserve.sched.blocks import BlockPool
+from distserve.sched.lockstep import Lockstep
 
 
 def _place(sequence: Sequence) -> int:
@@ -33,7 +35,8 @@ def _place(sequence: Sequence) -> int:
 class ContinuousScheduler(ABC):
     """All of `Scheduler` but `next_batch`, and the parts that one is made of.
 
-    `max_in_flight` batches may be in flight, one per pipeline stage; what runs is split over them evenly.
+    `max_in_flight` batches may be in flight, one per pipeline stage; what runs is split over them evenly. Where it is
+    one, those that decode do so in lockstep.
     """
 
     def __init__(self, pool: BlockPool, *, max_batch_size: int, watermark_blocks: int, max_in_flight: int) -> None:
@@ -45,6 +48,8 @@ class ContinuousScheduler(ABC):
         self._sequences: dict[int, Sequence] = {}  # all that are here
         self._queue: list[tuple[int, Sequence]] = []  # heap by place: wait for blocks; aborted ones leave at the head
         self._running: list[Sequence] = []  # RUNNING, by place
+        self._lockstep = Lockstep(pool) if max_in_flight == 1 else None
+        self._loose: list[Sequence] = []  # those of the running that are not in lockstep, by place
         self._starved: Sequence | None = None  # the oldest of them that lacked a block in the last batch
         self._in_flight: deque[Batch] = deque()
         self._num_pulling = 0  # own blocks without running; only decode has such
@@ -71,22 +76,17 @@ class ContinuousScheduler(ABC):
     def next_batch(self, now: float) -> Batch | None: ...
 
     def repeats(self, batch: Batch) -> int:
-        running = self._running
-        if self._max_in_flight > 1 or self._starved is not None or len(batch.items) != len(running):
+        if self._lockstep is None or self._loose or not 0 < batch.num_lockstep == len(batch.items):
             return 1
-        for sequence, n in batch.items:
-            if n != 1 or sequence.num_tokens - sequence.num_computed != 1:
-                return 1
-        return self._steps_with_room(running)
+        return self._lockstep.steps_with_room()
 
     def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
         first = self._in_flight.popleft()
         assert batch.id == first.id, f"batch {batch.id} completes before batch {first.id}, which was made earlier"
-        if times > 1:
-            self._repeat(batch, times - 1)
         outcome, ended, capacity = Outcome(), result.ended, self.pool.capacity
-        sampled = outcome.sampled
-        for sequence, n in batch.items:
+        if batch.num_lockstep:
+            self._complete_lockstep(batch, ended, times, outcome)
+        for sequence, n in batch.items[batch.num_lockstep :]:
             sequence.scheduled = 0
             if sequence.state is State.ABORTED:
                 outcome.dropped.append(self._forget(sequence))
@@ -95,13 +95,36 @@ class ContinuousScheduler(ABC):
             if sequence.num_computed < sequence.num_tokens:
                 continue
             sequence.num_tokens += 1
-            sampled.append(sequence)
+            outcome.sampled.append(sequence)
             if sequence.id in ended or sequence.num_tokens > capacity:
-                sequence.state = State.FINISHED
-                outcome.finished.append(self._forget(sequence))
-        if outcome.finished:
-            self._running = [sequence for sequence in self._running if sequence.state is State.RUNNING]
+                self._finish(sequence, outcome)
         return outcome
+
+    def _complete_lockstep(self, batch: Batch, ended: Collection[int], times: int, outcome: Outcome) -> None:
+        lockstep = self._lockstep
+        assert lockstep is not None
+        longest = lockstep.advance(times)
+        if lockstep.leaving:  # aborted in flight
+            gone = {sequence.id for sequence in lockstep.leaving}
+            outcome.sampled += [
+                sequence for sequence, _ in batch.items[: batch.num_lockstep] if sequence.id not in gone
+            ]
+            for sequence in lockstep.leaving:
+                sequence.scheduled = 0
+                outcome.dropped.append(self._forget(sequence))
+            lockstep.leaving.clear()
+        else:
+            outcome.sampled += [sequence for sequence, _ in batch.items[: batch.num_lockstep]]
+        if ended or longest:
+            last = [found for i in ended if (found := self._sequences.get(i)) is not None and found.in_lockstep]
+            last += [sequence for sequence in longest if sequence.id not in ended]
+            for sequence in sorted(last, key=_place):
+                self._finish(sequence, outcome)
+
+    def _finish(self, sequence: Sequence, outcome: Outcome) -> None:
+        self._stop_running(sequence)
+        sequence.state = State.FINISHED
+        outcome.finished.append(self._forget(sequence))
 
     def abort(self, sequence_id: int, now: float) -> Outcome:
         outcome = Outcome()
@@ -110,7 +133,7 @@ class ContinuousScheduler(ABC):
             return outcome
         state, sequence.state = sequence.state, State.ABORTED
         if state is State.RUNNING:
-            self._running.remove(sequence)
+            self._stop_running(sequence)
         elif state is not State.PULLING:
             self._leave_queue(sequence)
         if state is not State.PULLING and not sequence.scheduled:
@@ -121,7 +144,7 @@ class ContinuousScheduler(ABC):
         return Outcome()  # nothing here has a lease: what waits, waits for blocks, and its turn comes
 
     def load(self) -> Load:
-        behind = sum(n for s in self._running if (n := s.num_tokens - s.num_computed) > 1)
+        behind = sum(n for s in self._loose if (n := s.num_tokens - s.num_computed) > 1)
         return Load(
             num_queued=self._num_queued,
             num_queued_tokens=self._num_queued_tokens + behind,
@@ -135,12 +158,37 @@ class ContinuousScheduler(ABC):
     # The parts of a next_batch
 
     def _schedule_decodes(self, items: list[tuple[Sequence, int]]) -> list[Sequence]:
-        """Puts an even share of what decodes into `items`, oldest first; makes room by preempting the youngest.
-        Returns the running sequences with more than one token to compute, oldest first."""
+        """Puts what decodes into `items`, oldest first. Returns the running sequences with more than one token to
+        compute, oldest first."""
+        self._starved = None
+        lockstep = self._lockstep
+        if lockstep is None:
+            return self._schedule_each(items)
+        behind: list[Sequence] = []
+        for sequence in self._loose:
+            if sequence.num_tokens - sequence.num_computed == 1:
+                lockstep.join(sequence)
+            else:
+                behind.append(sequence)
+        self._loose = behind
+        pool = self.pool
+        for sequence in lockstep.needy():  # `_grow` preempts some, but only behind the one we are at
+            if not sequence.in_lockstep:
+                continue
+            if pool.num_free:
+                sequence.blocks += pool.allocate(1)
+            elif not self._grow(sequence, sequence.num_tokens):
+                lockstep.leave(sequence)
+                insort(behind, sequence, key=_place)
+        items += lockstep.items
+        lockstep.in_flight = bool(items)  # from here on nobody takes their blocks
+        return [sequence for sequence in behind if sequence.num_tokens - sequence.num_computed > 1]
+
+    def _schedule_each(self, items: list[tuple[Sequence, int]]) -> list[Sequence]:
+        """`_schedule_decodes` of several batches, an even share in each."""
         share = -(-len(self._running) // self._max_in_flight)
         block_size = self.pool.block_size
         behind: list[Sequence] = []
-        self._starved = None
         for sequence in self._running:  # `_grow` takes some out, but only behind the one we are at
             if sequence.scheduled:
                 continue
@@ -184,36 +232,11 @@ class ContinuousScheduler(ABC):
             return None
         self._num_batches += 1
         batch = Batch(self._num_batches, items)
+        if items[0][0].in_lockstep:
+            assert self._lockstep is not None
+            batch.lockstep, batch.num_lockstep = self._lockstep, len(self._lockstep)
         self._in_flight.append(batch)
         return batch
-
-    # The same decode batch again and again
-
-    def _steps_with_room(self, running: list[Sequence]) -> int:
-        """How many steps all of `running`, which have blocks for one, may decode before a block is missing or one of
-        them is as long as the memory allows."""
-        pool = self.pool
-        block_size, num_free = pool.block_size, pool.num_free
-        longest = max(sequence.num_tokens for sequence in running)
-        limit = pool.capacity - longest + 1
-        sure = num_free // len(running) * block_size + 1  # each sequence has room for one step at least
-        if sure >= limit:
-            return max(1, limit)
-        # A sequence with `slack` free places needs its next blocks for steps slack + 2, slack + 2 + block_size, ...
-        slacks = sorted(len(sequence.blocks) * block_size - sequence.num_tokens for sequence in running)
-        rounds, left = divmod(num_free, len(running))
-        return max(1, min(limit, rounds * block_size + slacks[left] + 1))
-
-    def _repeat(self, batch: Batch, times: int) -> None:
-        """What `times` rounds of next_batch and complete would do to the sequences of a batch that only decodes."""
-        pool = self.pool
-        block_size = pool.block_size
-        for sequence, _ in batch.items:
-            sequence.num_computed += times
-            sequence.num_tokens += times
-            missing = -(-sequence.num_tokens // block_size) - len(sequence.blocks)
-            if missing > 0:
-                sequence.blocks += pool.allocate(missing)
 
     # Queue and blocks
 
@@ -258,6 +281,15 @@ class ContinuousScheduler(ABC):
     def _run(self, sequence: Sequence) -> None:
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_place)
+        insort(self._loose, sequence, key=_place)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self._running[bisect_left(self._running, sequence.place, key=_place)]
+        if sequence.in_lockstep:
+            assert self._lockstep is not None
+            self._lockstep.leave(sequence)
+        else:
+            del self._loose[bisect_left(self._loose, sequence.place, key=_place)]
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for the KV of `num_tokens` tokens, taken from the youngest where none are free. False: it must wait
@@ -278,7 +310,7 @@ class ContinuousScheduler(ABC):
         return True
 
     def _preempt(self, victim: Sequence) -> None:
-        self._running.remove(victim)
+        self._stop_running(victim)
         self.pool.free(victim.blocks)
         victim.num_computed = victim.num_kv_tokens = 0
         self._num_preemptions += 1

@@ -38,7 +38,8 @@ def scheduler_for(
         tokens = batch_tokens or prefill.max_batch_tokens
         return PrefillScheduler(pool, replace(prefill, max_batch_tokens=tokens), max_in_flight=max_in_flight)
     if role == "decode":
-        kind = TurnsScheduler if policies.decode.micro_batches == "joined" else DecodeScheduler
+        joined = policies.decode.micro_batches == "joined" and max_in_flight > 1
+        kind = TurnsScheduler if joined else DecodeScheduler
         return kind(pool, policies.decode, max_in_flight=max_in_flight)
     assert role == "colocated", f"role must be prefill, decode or colocated, not {role!r}"
     colocated = policies.colocated

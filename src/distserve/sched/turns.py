@@ -20,9 +20,10 @@ from distserve.sched.policy import DecodePolicy
 
 
 class TurnsScheduler(DecodeScheduler):
-    """`DecodeScheduler` with another answer to who decodes together."""
+    """`DecodeScheduler` with another answer to who decodes together. Of several batches: one is always together."""
 
     def __init__(self, pool: BlockPool, policy: DecodePolicy, *, max_in_flight: int = 1) -> None:
+        assert max_in_flight > 1, "one micro-batch has no turns to take"
         super().__init__(pool, policy, max_in_flight=max_in_flight)
         self._member: dict[int, int] = {}  # sequence id: its micro-batch
         self._turn = 0
@@ -42,9 +43,6 @@ class TurnsScheduler(DecodeScheduler):
                 return batch
         turns.clear()  # nobody had anything
         return None
-
-    def repeats(self, batch: Batch) -> int:
-        return super().repeats(batch) if self._max_in_flight == 1 else 1
 
     def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
         outcome = super().complete(batch, result, now, times)

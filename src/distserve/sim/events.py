@@ -22,13 +22,14 @@ class Events:
         self._planned += 1
         heappush(self._heap, (time, self._planned, happening, argument))
 
-    @property
-    def next_time(self) -> float:
-        """Infinity where nothing is planned."""
-        return self._heap[0][0] if self._heap else float("inf")
-
-    def step(self) -> float:
-        """Lets the next thing happen; returns when."""
-        time, _, happening, argument = heappop(self._heap)
-        happening(time, argument)
+    def run(self, until: float, stopped: Callable[[], bool] | None = None) -> float | None:
+        """Lets everything happen that is planned for `until` or earlier, or until `stopped`. Returns when the last of
+        it happened; None: nothing did."""
+        heap = self._heap
+        time = None
+        while heap and heap[0][0] <= until:
+            time, _, happening, argument = heappop(heap)
+            happening(time, argument)
+            if stopped is not None and stopped():
+                break
         return time

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Protocol
 
 from distserve.costs.base import Engine
 from distserve.costs.latency import Latency
 from distserve.plan import Role
-from distserve.sched.base import Batch, Load, Outcome, PullingScheduler, Scheduler, Sequence
+from distserve.sched.base import Batch, Clock, Load, Outcome, PullingScheduler, Scheduler, Sequence
 from distserve.sim.events import Events
 from distserve.sim.life import NEVER, Imagined
 
@@ -28,7 +29,7 @@ Trace = Callable[[str, float, list[tuple[int, int]]], None]  # (instance, start,
 class _Ended:
     """A `StepResult`."""
 
-    ended: frozenset[int] = frozenset()
+    ended: Collection[int] = frozenset()
 
 
 _NOBODY = _Ended()
@@ -81,14 +82,21 @@ class Surroundings(Protocol):
 
 @dataclass(slots=True)
 class Usage:
-    """What an instance did."""
+    """What an instance did, and its largest steps."""
 
     busy: float = 0.0  # seconds of its first stage
     steps: int = 0
-    prompt_tokens: int = 0  # largest step
-    batch: int = 0  # largest
-    context: int = 0  # largest, summed
-    waits: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    batch: int = 0  # sequences that decode
+    context: int = 0  # summed over them
+
+    def saw(self, prompt_tokens: int, batch: int, context: int) -> None:
+        if prompt_tokens > self.prompt_tokens:
+            self.prompt_tokens = prompt_tokens
+        if batch > self.batch:
+            self.batch = batch
+        if context > self.context:
+            self.context = context
 
 
 class Instance:
@@ -124,6 +132,7 @@ class Instance:
         self._idle_since = 0.0
         self._stalled = False
         self._report: Load | None = None
+        self._ends: list[tuple[int, int, Imagined]] = []  # heap: tick at which one in lockstep ends
 
     # -- what the world does to it -------------------------------------------------------------------------------------
 
@@ -227,45 +236,61 @@ class Instance:
         self._events.at(flight.end, self._ended, flight)
 
     def _bulk(self, batch: Batch, now: float, times: int) -> _Flight:
-        items = batch.items
-        context = remaining = 0
-        remaining = min([s.target - s.num_tokens for s, _ in items])  # type: ignore[attr-defined]
-        context = sum([s.num_tokens for s, _ in items])
-        run = self._latency.run(len(items), context)
+        """A batch in lockstep, until somebody ends or blocks are short."""
+        lockstep = batch.lockstep
+        assert lockstep is not None
+        num, context = batch.num_lockstep, lockstep.context
+        remaining = self._next_end(lockstep)
+        run = self._latency.run(num, context)
         times = int(min(times, remaining, run.steps))
         flight = _Flight(batch, now, 0.0, times, run.seconds, run.growth, False, remaining)
         flight.end = flight.time_of(times)
-        if self.usage.batch < len(items):
-            self.usage.batch = len(items)
+        self.usage.saw(0, num, context + num * (times - 1))
         return flight
 
     def _single(self, batch: Batch, now: float) -> _Flight:
-        prompts = False
-        for sequence, _ in batch.items:
-            life = sequence.life  # type: ignore[attr-defined]
+        lockstep, num, context, remaining = batch.lockstep, batch.num_lockstep, 0, 0
+        if lockstep is not None:
+            context, remaining = lockstep.context, self._next_end(lockstep)
+        others = batch.items[num:] if num else batch.items
+        tokens = 0
+        for sequence, n in others:
+            life = sequence.life  # type: ignore[attr-defined]  # this world's sequences have one
             if life.started == NEVER:
                 life.started = now
-            if sequence.num_tokens - sequence.num_computed > 1 or not sequence.num_computed:
-                prompts = True
-        items, swap = self._swapped(batch) if prompts and self._engine.swap_bandwidth else (batch.items, 0.0)
-        host, stage = self._latency.batch(items)
+            if n > 1 or not sequence.num_computed:
+                tokens += n
+        items, swap = self._swapped(others) if tokens and self._engine.swap_bandwidth else (others, 0.0)
+        host, stage = self._latency.batch(items, num, context)
+        self.usage.saw(tokens, num, context)
         host += swap
         time = self._free = now + host
         for i, free in enumerate(self._stages):
             time = self._stages[i] = max(time, free) + stage
-        return _Flight(batch, now, time, prompts=prompts)
+        return _Flight(batch, now, time, prompts=tokens > 0, remaining=remaining)
 
-    def _swapped(self, batch: Batch) -> tuple[list[tuple[Sequence, int]], float]:
-        """The batch as an engine sees it that kept the KV of preempted sequences in host memory, and the seconds to
+    def _next_end(self, lockstep: Clock) -> int:
+        """Steps until the first of those in lockstep ends."""
+        ends, ticks = self._ends, lockstep.ticks
+        for sequence in lockstep.joined:
+            assert isinstance(sequence, Imagined)
+            heappush(ends, (ticks + sequence.target - sequence.num_tokens, sequence.id, sequence))
+        while True:
+            end, _, sequence = ends[0]
+            if sequence.in_lockstep and sequence.target - sequence.num_tokens == end - ticks:
+                return end - ticks
+            heappop(ends)  # it left since, and knows another end by now
+
+    def _swapped(self, others: list[tuple[Sequence, int]]) -> tuple[list[tuple[Sequence, int]], float]:
+        """The items as an engine sees them that kept the KV of preempted sequences in host memory, and the seconds to
         bring it back."""
         items: list[tuple[Sequence, int]] = []
         tokens = 0
-        for sequence, n in batch.items:
+        for sequence, n in others:
             if n > 1 and sequence.life.first != NEVER:  # type: ignore[attr-defined]
                 tokens += n
-                items.append(
-                    (Sequence(sequence.id, sequence.num_tokens, num_computed=sequence.num_computed + n - 1), 1)
-                )
+                computed = sequence.num_computed + n - 1
+                items.append((Sequence(sequence.id, sequence.num_tokens, num_computed=computed), 1))
             else:
                 items.append((sequence, n))
         assert self._engine.swap_bandwidth is not None
@@ -281,11 +306,23 @@ class Instance:
         usage.steps += times
         if self.trace is not None:
             self._tell_trace(flight)
-        result = _NOBODY if flight.remaining > times else _ended(flight.batch, times)
+        result = _Ended(self._whose_last(flight))
         outcome = self.scheduler.complete(flight.batch, result, now, times)
         self._tell(outcome, flight.prompts, now)
         self._idle_since = now
         self._kick(now)
+
+    def _whose_last(self, flight: _Flight) -> set[int]:
+        """Who ends with this flight's last step."""
+        batch, ended = flight.batch, set()
+        if batch.lockstep is not None and flight.remaining <= flight.times:
+            end = batch.lockstep.ticks + flight.times
+            while self._ends and self._ends[0][0] <= end:
+                ended.add(heappop(self._ends)[1])
+        for sequence, n in batch.items[batch.num_lockstep :]:
+            if sequence.target - sequence.num_tokens <= 1 and sequence.num_computed + n >= sequence.num_tokens:  # type: ignore[attr-defined]
+                ended.add(sequence.id)
+        return ended
 
     def _tell(self, outcome: Outcome, prompts: bool, now: float) -> None:
         world = self._world
@@ -304,14 +341,3 @@ class Instance:
         items = [(sequence.id, n) for sequence, n in flight.batch.items]
         for i in range(flight.times):
             self.trace(self.name, flight.time_of(i), items)
-
-
-def _ended(batch: Batch, times: int) -> _Ended:
-    """Whose last token comes when `batch` has been executed `times` times."""
-    ended = [
-        sequence.id
-        for sequence, n in batch.items
-        if sequence.target - sequence.num_tokens <= times  # type: ignore[attr-defined]
-        and sequence.num_computed + n >= sequence.num_tokens
-    ]
-    return _Ended(frozenset(ended))

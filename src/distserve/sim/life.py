@@ -37,9 +37,12 @@ class Life:
         return Record(self.arrival, self.prompt_tokens, self.output_tokens, first, pace, OK, self.app)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
 class Imagined(Sequence):
     """A sequence whose end the world knows."""
 
-    target: int  # tokens, prompt and answer, when it is over
-    life: Life
+    __slots__ = ("life", "target")
+
+    def __init__(self, life: Life, num_tokens: int, num_kv_tokens: int = 0) -> None:
+        super().__init__(life.index, num_tokens, num_kv_tokens=num_kv_tokens)
+        self.life = life
+        self.target = life.prompt_tokens + life.output_tokens  # tokens, when it is over

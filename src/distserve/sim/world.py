@@ -10,10 +10,10 @@ from distserve.cluster import Cluster
 from distserve.costs.base import Costs, Engine
 from distserve.costs.memory import kv_token_bytes
 from distserve.costs.network import Links, Route
-from distserve.costs.seats import seat
+from distserve.costs.seats import devices_spanned, seat
 from distserve.errors import RequestError
 from distserve.plan import Plan, Replica, Role
-from distserve.sched.blocks import BlockPool
+from distserve.sched.blocks import BlockCount
 from distserve.sched.policy import AdmissionPolicy, ColocatedPolicy, DecodePolicy, PrefillPolicy
 from distserve.sched.roles import Policies, scheduler_for
 from distserve.sched.router import Candidate, Router
@@ -53,12 +53,14 @@ class World:
         self._decode: dict[str, _Member] = {}
         self._sources: dict[int, Instance] = {}  # sequence id: where its KV is held
         self._num_live = 0
+        self._live_tokens = 0  # of prompts and answers
         self._mean_seconds = 1.0
         self._stop: Callable[[Life], bool] | None = None
         self._stopped = False
         self._token_bytes = kv_token_bytes(costs.spec, dtype=costs.dtype)
-        seating = seat(plan, cluster or costs.assumed_cluster(plan.num_devices))
-        self._links = Links(cluster or costs.assumed_cluster(plan.num_devices))
+        cluster = cluster or costs.assumed_cluster(devices_spanned(plan))
+        seating = seat(plan, cluster)
+        self._links = Links(cluster)
         self._pulls = Pulls(self._links, self.events)
         self._seats = seating.seats
         self._routes: dict[tuple[str, str], Route] = {}
@@ -67,6 +69,11 @@ class World:
             member = self._member(replica)
             member.instance.trace = trace
             (self._decode if replica.role is Role.DECODE else self._first)[replica.name] = member
+        # Where there is no choice, nobody need be asked: it would cost more than the rest of a request's simulation.
+        self._only_first = next(iter(self._first)) if len(self._first) == 1 else None
+        self._only_decode = next(iter(self._decode)) if len(self._decode) == 1 else None
+        policy, slowest = self._router.policy, min(member.tokens_per_second for member in self._first.values())
+        self._surely_admitted = min(policy.max_queued_tokens, policy.max_wait * slowest)
 
     @property
     def instances(self) -> list[Instance]:
@@ -76,18 +83,15 @@ class World:
         """Lives all of them; returns when the last was over. `stop`, asked as each ends, ends the world early."""
         events, delay = self.events, self._engine.request
         self._stop = stop
+        stopped = None if stop is None else lambda: self._stopped
         now = 0.0
         for life in lives:
             time = life.arrival + delay
-            while events.next_time <= time:
-                now = events.step()
-                if self._stopped:
-                    return now
-            now = time
-            self._arrive(life, now)
-        while events.next_time < NEVER and not self._stopped:
-            now = events.step()
-        return now
+            now = events.run(time, stopped) or now
+            if self._stopped:
+                return now
+            self._arrive(life, time)
+        return events.run(NEVER, stopped) or now
 
     def notes(self) -> tuple[str, ...]:
         """What a reader of the result should know."""
@@ -100,41 +104,44 @@ class World:
     # -- a request's way ----------------------------------------------------------------------------------------------
 
     def _arrive(self, life: Life, now: float) -> None:
-        candidates = self._candidates(self._first, now)
-        admission = self._router.admit(
-            life.prompt_tokens, candidates, num_requests=self._num_live, mean_seconds=self._mean_seconds
-        )
-        if admission.retry_after is not None:
+        tokens = life.prompt_tokens
+        if not self._admits(tokens, now):
             life.status = "refused"
             return
-        name = self._router.pick_prefill(life.prompt_tokens, candidates)
+        name = self._only_first or self._router.pick_prefill(tokens, self._candidates(self._first, now))
         assert name is not None, "a plan has somebody who reads prompts"
-        target = life.prompt_tokens + life.output_tokens
-        sequence = Imagined(life.index, life.prompt_tokens, target=target, life=life)
         try:
-            self._first[name].instance.add(sequence, now)
+            self._first[name].instance.add(Imagined(life, tokens), now)
         except RequestError:
             life.status = "refused"
             return
         self._num_live += 1
+        self._live_tokens += tokens + life.output_tokens
+
+    def _admits(self, tokens: int, now: float) -> bool:
+        policy = self._router.policy
+        live = self._live_tokens + tokens  # no queue holds more
+        if self._num_live < policy.max_requests and live <= self._surely_admitted:
+            return True
+        admission = self._router.admit(
+            tokens,
+            self._candidates(self._first, now),
+            num_requests=self._num_live,
+            mean_seconds=self._mean_seconds,
+        )
+        return admission.retry_after is None
 
     def held(self, instance: Instance, sequence: Imagined, now: float) -> None:
         """A prompt is computed, and its first token is out; its KV waits for a puller."""
-        name = self._router.pick_decode(sequence.num_tokens, self._candidates(self._decode, now))
+        name = self._only_decode or self._router.pick_decode(sequence.num_tokens, self._candidates(self._decode, now))
         assert name is not None, "a plan with prefill instances has decode instances"
         self._sources[sequence.id] = instance
-        follower = Imagined(
-            sequence.id,
-            sequence.num_tokens,
-            num_kv_tokens=sequence.num_computed,
-            target=sequence.target,
-            life=sequence.life,
-        )
+        follower = Imagined(sequence.life, sequence.num_tokens, num_kv_tokens=sequence.num_computed)
         try:
             self._decode[name].instance.add(follower, now)
         except RequestError:
             sequence.life.status = "refused"
-            self._num_live -= 1
+            self._over(sequence.life)
             self._release(sequence.id, now)
 
     def start_pull(self, instance: Instance, sequence: Imagined, now: float) -> float:
@@ -162,10 +169,14 @@ class World:
     def finished(self, sequence: Imagined, now: float) -> None:
         life = sequence.life
         life.last = now
-        self._num_live -= 1
+        self._over(life)
         self._mean_seconds += 0.1 * (now - life.arrival - self._mean_seconds)
         if self._stop is not None and self._stop(life):
             self._stopped = True
+
+    def _over(self, life: Life) -> None:
+        self._num_live -= 1
+        self._live_tokens -= life.prompt_tokens + life.output_tokens
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -184,7 +195,7 @@ class World:
     def _member(self, replica: Replica) -> _Member:
         spec, engine = replica.spec, self._engine
         latency = self._costs.latency(spec.tp, spec.pp)
-        pool = BlockPool(self._costs.kv_blocks(spec.tp, spec.pp, spec.kv_memory), engine.block_size)
+        pool = BlockCount(self._costs.kv_blocks(spec.tp, spec.pp, spec.kv_memory), engine.block_size)
         knee = latency.knee()
         scheduler = scheduler_for(
             replica.role,
