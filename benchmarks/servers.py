@@ -44,6 +44,7 @@ class Server:
 
     def __init__(self, name: str, command: Sequence[str], port: int, env: dict[str, str] | None = None) -> None:
         self.name = name
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.command = list(command)
         self.env = {**os.environ, **(env or {})}
@@ -100,6 +101,13 @@ class Server:
         """The server's own process first."""
         own = psutil.Process(self._process.pid)
         return [own, *own.children(recursive=True)]
+
+    def pin(self, own: int, others: int) -> None:
+        """Binds the server's own process (ours: the gateway) to one core and its children to another."""
+        first, *children = self.processes()
+        for process in (first, *children):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, {own if process is first else others})
 
     def memory(self) -> dict[str, int]:
         """Bytes of the whole tree: {"pss": ..., "rss": ..., "processes": ...}."""

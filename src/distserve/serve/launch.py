@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from distserve.plan import Plan, Role, default_plan
 from distserve.sched.base import Scheduler
 from distserve.sched.blocks import BlockPool
+from distserve.serve import eventloop
 from distserve.serve.config import InstanceConfig
 from distserve.serve.fleet import Start
 from distserve.serve.forkserver import main as fork_server
@@ -70,7 +71,7 @@ def serve(options: ServeOptions) -> int:
         spec = hub.read_spec(path)
         found = starts(options, plan, model if is_fake(model) else str(path), spec)
         names = options.served_model_names or (model,)
-        _event_loop()(_serve(options, names, str(path), spec, found, listener))
+        eventloop.run(_serve(options, names, str(path), spec, found, listener))
     return 0
 
 
@@ -78,14 +79,6 @@ def is_fake(model: str) -> bool:
     """`fake` or `fake:step=0.005,token=0.0001`: everything is real but the model, to measure and test what is around
     it. It has the demo model's tokenizer."""
     return model == "fake" or model.startswith("fake:")
-
-
-def _event_loop() -> Callable[..., None]:
-    try:
-        import uvloop
-    except ImportError:  # not made for every platform; asyncio's own loop does the same, slower
-        return asyncio.run
-    return uvloop.run
 
 
 async def _serve(

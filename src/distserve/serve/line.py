@@ -52,6 +52,7 @@ class Line(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(0)  # uvloop then sends at once, not at the end of the loop's turn
 
     def data_received(self, data: bytes) -> None:
         if self._rest:

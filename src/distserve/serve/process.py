@@ -20,6 +20,7 @@ from typing import BinaryIO, Protocol
 from distserve.engine.base import Executor
 from distserve.errors import UsageError
 from distserve.sched.base import Scheduler
+from distserve.serve import eventloop
 from distserve.serve.config import InstanceConfig, decode_config
 from distserve.serve.instance import InstanceLoop, Wiring
 from distserve.serve.line import Caller, Line, connect, listen
@@ -76,7 +77,7 @@ def live(config: InstanceConfig, build: Build, life_line: BinaryIO | None = None
     )
     if config.engine.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, config.engine.cores)
-    return asyncio.run(_Process(config).run(build, life_line))
+    return eventloop.run(_Process(config).run(build, life_line))
 
 
 def _die_with_parent() -> None:

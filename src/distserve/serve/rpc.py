@@ -117,7 +117,7 @@ class RemoteInstance:
         self.role = role
         self.epoch = 0
         self.ready: Ready | None = None
-        self.on_step: Callable[[str, Step], None] | None = None
+        self.on_step: Callable[[str, Role, Step], None] | None = None
         self.on_timing: Callable[[Role, Timing], None] | None = None
         self.on_change: Callable[[], None] | None = None  # became ready, or was lost
         self.on_loading: Callable[[Loading], None] | None = None
@@ -266,9 +266,6 @@ class RemoteInstance:
     def _step(self, step: Step) -> None:
         self._load = step.load
         self.suspicious_at = 0.0
-        for timing in step.timings:
-            if self.on_timing is not None:
-                self.on_timing(self.role, timing)
         for name in step.pulled:
             if (attempt := self._attempts.get(name)) is not None:
                 attempt.arrived()
@@ -298,8 +295,11 @@ class RemoteInstance:
             self.tokens_per_second = (
                 pace if self.tokens_per_second == NOMINAL else 0.9 * self.tokens_per_second + 0.1 * pace
             )
+        for timing in step.timings:
+            if self.on_timing is not None:
+                self.on_timing(self.role, timing)
         if self.on_step is not None:
-            self.on_step(self.name, step)
+            self.on_step(self.name, self.role, step)
 
     def _abandon(self, name: Name, error: Exception) -> None:
         self._fail(name, error)

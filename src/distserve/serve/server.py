@@ -99,7 +99,7 @@ class Server:
         self._timeout = shutdown_timeout
         config = uvicorn.Config(
             app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
-            timeout_graceful_shutdown=1, timeout_keep_alive=75,
+            timeout_graceful_shutdown=1, timeout_keep_alive=75, proxy_headers=False,
         )  # fmt: skip
         self._http = _Http(config)
         self._signals = 0

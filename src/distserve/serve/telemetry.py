@@ -6,18 +6,13 @@ TTFT is split along a request's way: queued for prefill, prefill, queued for dec
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import accumulate
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.registry import Collector
 
 from distserve.plan import Role
 from distserve.request import FinishReason
 from distserve.serve.base import Instance
+from distserve.serve.histogram import Histogram, Series
 from distserve.serve.messages import Step, Timing
 
 # Buckets as vLLM has them, so that its dashboards' quantiles mean the same here.
@@ -52,28 +47,6 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 
 STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-class Gaps(Collector):
-    """The one histogram that is observed with every token. prometheus-client's takes a lock and several calls an
-    observation; here it is one search in a list. Observed and collected on the same thread."""
-
-    def __init__(self, name: str, text: str, model: str) -> None:
-        self._family = name, text, model
-        self._counts = [0] * (len(TPOT) + 1)
-        self._sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self._counts[bisect_left(TPOT, seconds)] += 1
-        self._sum += seconds
-
-    def collect(self) -> Iterator[Metric]:
-        name, text, model = self._family
-        bounds = [*(str(float(bound)) for bound in TPOT), "+Inf"]
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        family = HistogramMetricFamily(name, text, labels=["model_name"])
-        family.add_metric([model], buckets, self._sum)
-        yield family
-
-
 class Telemetry:
     """Every metric of the server, in a registry of its own (two servers in one process do not collide)."""
 
@@ -92,9 +65,11 @@ class Telemetry:
         return Gauge(name, text, ("model_name", *labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, ("model_name", *labels), registry=self.registry, buckets=buckets)
+        histogram = Histogram(name, text, ("model_name", *labels), buckets)
+        self.registry.register(histogram)
+        return histogram
 
-    def _of_model(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    def _of_model(self, name: str, text: str, buckets: tuple[float, ...]) -> Series:
         return self._histogram(name, text, buckets).labels(self.model)
 
     def _instances(self) -> None:
@@ -108,13 +83,11 @@ class Telemetry:
         self.up = self._gauge("distserve:instance_up", "1 while the instance can take work.", *where)
         self.restarts = self._counter("distserve:instance_restarts", "Restarts of the instance's process.", *where)
         self.step_seconds = self._histogram("distserve:step_seconds", "Duration of a step.", SHORT, *where)
-        self._steps: dict[str, tuple[Histogram, Histogram]] = {}  # by instance: its two, found once
 
     def _requests(self) -> None:
         histogram = self._of_model
         self.ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT)
-        self.gap = Gaps("vllm:inter_token_latency_seconds", "Between two tokens of a stream.", self.model)
-        self.registry.register(self.gap)
+        self.gap = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a stream.", TPOT)
         self.tpot = histogram(
             "vllm:request_time_per_output_token_seconds", "Mean, of a request, after the first.", TPOT
         )
@@ -161,13 +134,12 @@ class Telemetry:
         self.kv_usage.labels(*where).set_function(kv_usage)
         self.up.labels(*where).set_function(lambda: float(instance.alive))
         self.restarts.labels(*where)  # shown as 0 from the start
-        self._steps[instance.name] = self.step_tokens.labels(*where), self.step_seconds.labels(*where)
 
-    def observe_step(self, instance: str, step: Step) -> None:
+    def observe_step(self, instance: str, role: Role, step: Step) -> None:
         if step.num_batched_tokens:
-            tokens, duration = self._steps[instance]
-            tokens.observe(step.num_batched_tokens)
-            duration.observe(step.seconds)
+            where = (self.model, instance, role)
+            self.step_tokens.labels(*where).observe(step.num_batched_tokens)
+            self.step_seconds.labels(*where).observe(step.seconds)
         for seconds in step.publishing:
             self.publish_seconds.observe(seconds)
 

@@ -192,7 +192,7 @@ async def test_stop_strings_end_the_request_and_free_it(
     assert choice["message"]["content"] == ANSWER[: ANSWER.index("umps ov")]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "umps ov")
     await generator.closed.wait()
-    assert generator.finishes == [FinishReason.STOP]
+    assert generator.finishes[0] is FinishReason.STOP
     assert generator.num_yielded < len(tokens.encode(ANSWER))
     assert answer["usage"]["completion_tokens"] == generator.num_yielded
     included = await chat(client, stop="fox", include_stop_str_in_output=True)

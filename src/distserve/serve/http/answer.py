@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from distserve.errors import DistserveError, InstanceError
-from distserve.serve.base import Generator
+from distserve.serve.base import Generator, TokenStream
 from distserve.serve.http import sse
 from distserve.serve.http.choices import Answer, Choice
 from distserve.serve.http.refusals import refusal
@@ -41,19 +41,24 @@ class AnswerResponse(Response):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        streams = [self._generator.generate(choice.request) for choice in self._answer.choices]
         try:
             async with asyncio.timeout(None) as present:  # ends what is inside when the client goes
+                await asyncio.sleep(0)  # the requests leave first: there is time for the rest while they are computed
                 watching = asyncio.create_task(_watch(receive, present))
                 try:
                     if self._answer.stream:
-                        await _write_stream(self._generator, self._answer, send, scope.get(BODY_SEND, send))
+                        await _write_stream(streams, self._answer, send, scope.get(BODY_SEND, send))
                     else:
-                        await _write_whole(self._generator, self._answer, send)
+                        await _write_whole(streams, self._answer, send)
                 finally:
                     watching.cancel()
         except TimeoutError:
             if not present.expired():
                 raise
+        finally:
+            for stream in streams:
+                stream.close()
 
 
 async def _watch(receive: Receive, present: asyncio.Timeout) -> None:
@@ -62,36 +67,33 @@ async def _watch(receive: Receive, present: asyncio.Timeout) -> None:
     present.reschedule(asyncio.get_running_loop().time())
 
 
-async def _run(generator: Generator, choice: Choice, deliver: Deliver) -> None:
-    """One choice from its first token to its last. Whatever ends it, its token stream is closed."""
-    stream = generator.generate(choice.request)
-    try:
-        async for tokens in stream:
-            text = choice.feed(tokens)
-            finish = choice.finish
-            if text or finish is not None:
-                await deliver(choice, text)
-            if finish is not None:
-                return
-        raise InstanceError("the answer ended before its last token")
-    finally:
-        stream.close(choice.finish)
+async def _run(stream: TokenStream, choice: Choice, deliver: Deliver) -> None:
+    """One choice from its first token to its last."""
+    async for tokens in stream:
+        text = choice.feed(tokens)
+        finish = choice.finish
+        if text or finish is not None:
+            await deliver(choice, text)
+        if finish is not None:
+            stream.close(finish)
+            return
+    raise InstanceError("the answer ended before its last token")
 
 
-async def _run_all(generator: Generator, answer: Answer, deliver: Deliver) -> None:
+async def _run_all(streams: Sequence[TokenStream], answer: Answer, deliver: Deliver) -> None:
     """All choices at once; the first failure ends the others."""
-    if len(answer.choices) == 1:
-        await _run(generator, answer.choices[0], deliver)
+    if len(streams) == 1:
+        await _run(streams[0], answer.choices[0], deliver)
         return
     try:
         async with asyncio.TaskGroup() as group:
-            for choice in answer.choices:
-                group.create_task(_run(generator, choice, deliver))
+            for stream, choice in zip(streams, answer.choices, strict=True):
+                group.create_task(_run(stream, choice, deliver))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
 
 
-async def _write_stream(generator: Generator, answer: Answer, send: Send, send_body: Send) -> None:
+async def _write_stream(streams: Sequence[TokenStream], answer: Answer, send: Send, send_body: Send) -> None:
     chunks = {choice.index: sse.Chunks(answer, choice) for choice in answer.choices}
     unfinished = len(answer.choices)
     started = False
@@ -109,7 +111,7 @@ async def _write_stream(generator: Generator, answer: Answer, send: Send, send_b
         await send_body({"type": "http.response.body", "body": body, "more_body": unfinished > 0})
 
     try:
-        await _run_all(generator, answer, deliver)
+        await _run_all(streams, answer, deliver)
     except Exception as error:  # noqa: BLE001  whatever it is, the client must be told and the stream must end
         _note(error)
         if not started:
@@ -119,14 +121,14 @@ async def _write_stream(generator: Generator, answer: Answer, send: Send, send_b
             await send_body({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def _write_whole(generator: Generator, answer: Answer, send: Send) -> None:
+async def _write_whole(streams: Sequence[TokenStream], answer: Answer, send: Send) -> None:
     texts: dict[int, list[str]] = {choice.index: [] for choice in answer.choices}
 
     async def deliver(choice: Choice, text: str) -> None:
         texts[choice.index].append(text)
 
     try:
-        await _run_all(generator, answer, deliver)
+        await _run_all(streams, answer, deliver)
     except Exception as error:  # noqa: BLE001  as above
         _note(error)
         await write_refusal(send, error)

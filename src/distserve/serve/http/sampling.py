@@ -118,20 +118,21 @@ def sampling_params(
     given = {name: value for name in _DEFAULTS if (value := getattr(body, name)) is not None}
     if body.top_k is not None:
         given["top_k"] = min(body.top_k, vocab_size)  # more than there are: all of them
-    common = SamplingParams(
+    seed = random.getrandbits(64) if body.seed is None else body.seed
+    first = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         **{**_DEFAULTS, **defaults, **given},
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
+        seed=seed % _SEEDS,
         stop_token_ids=_stop_tokens(body.stop_token_ids or [], vocab_size),
         ignore_eos=bool(body.ignore_eos),
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    seed = random.getrandbits(64) if body.seed is None else body.seed
-    return [replace(common, seed=(seed + i) % _SEEDS) for i in range(body.n or 1)]
+    return [first, *(replace(first, seed=(seed + i) % _SEEDS) for i in range(1, body.n or 1))]
 
 
 def _stop_tokens(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
