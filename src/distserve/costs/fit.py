@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from statistics import fmean
 from typing import NamedTuple, TypeVar
@@ -22,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from distserve.costs.latency import Coefficients, DecodeLine, Points, PrefillLine, Rows
+from distserve.costs.latency import LEAST, Coefficients, DecodeLine, Points, PrefillLine, Rows
 from distserve.errors import UsageError
 
 FEWEST = 3  # points of a line
@@ -76,8 +77,13 @@ def with_rest(
     *,
     padded: bool = False,
 ) -> Coefficients:
-    """These formulas, made exact at the points. A step measured twice takes the mean."""
+    """These formulas, made exact at the points. A step measured twice takes the mean. Raises `UsageError` where a
+    formula is out of all proportion to a point."""
     formula = Coefficients(prefill, decode)
+    for prompt in prompts:
+        _check(prompt, formula.prompts(*prompt.composition(padded)), f"prompts of {list(prompt.lengths)}")
+    for step in decodes:
+        _check(step, formula.decodes(step.batch, step.context), f"batch {step.batch}, context {step.context}")
     found: dict[float, dict[int, list[float]]] = {}
     for point in prompts:
         tokens, squares = point.composition(padded)
@@ -164,7 +170,8 @@ def _error(errors: Sequence[float]) -> Error:
 
 
 def _decode_rest(formula: Coefficients, points: Sequence[DecodePoint]) -> Rows:
-    """Where a line begins at a measured batch, that batch has two rows, so that nothing leaps just below it."""
+    """Where a line begins at a measured batch, that batch has two rows, so that nothing leaps just below it. Below the
+    smallest batch the formula is off by the same share as there, so that no time is negative."""
     found: dict[int, dict[int, list[float]]] = {}
     for point in points:
         found.setdefault(point.batch, {}).setdefault(point.context, []).append(point.seconds)
@@ -172,17 +179,19 @@ def _decode_rest(formula: Coefficients, points: Sequence[DecodePoint]) -> Rows:
     rows = []
     for batch, row in sorted(found.items()):
         for line in (lines[batch], formula.decode_line(batch)) if batch in lines else (formula.decode_line(batch),):
-
-            def seconds(context: float, line: DecodeLine = line, batch: int = batch) -> float:
-                return line.base + line.per_context * context + line.per_sequence * batch
-
-            rest = {context: [taken - seconds(context) for taken in times] for context, times in row.items()}
-            rows.append((float(batch), _row(rest, seconds)))
+            alone = Coefficients((), (line,))
+            rest = {context: [taken - alone.decodes(batch, context) for taken in row[context]] for context in row}
+            rows.append((float(batch), _row(rest, partial(alone.decodes, batch))))
+    if rows:
+        smallest, row_points = int(rows[0][0]), rows[0][1]
+        with_formula = [(x, y, formula.decodes(smallest, x)) for x, y in row_points]
+        shares = [(x, y / seconds if y else 0.0) for x, y, seconds in with_formula]
+        rows.insert(0, (0.0, tuple((x, share * formula.decodes(0, x)) for x, share in shares)))
     return tuple(rows)
 
 
 def _row(rest: dict[int, list[float]], formula: Callable[[float], float]) -> Points:
-    """Below the smallest point the formula is off by the same share as there, so that no time is negative."""
+    """Below the smallest point the formula is off by the same share as there, as with batches."""
     points = [(float(x), fmean(values)) for x, values in sorted(rest.items())]
     x, first = points[0]
     return ((0.0, first * formula(0.0) / formula(x)), *points)
@@ -237,3 +246,11 @@ def _solve(rows: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np
 def _enough(points: Sequence[object], what: str) -> None:
     if len(points) < FEWEST:
         raise UsageError(f"{len(points)} measured {what}: a fit needs {FEWEST} at least, of different sizes")
+
+
+def _check(point: PromptPoint | DecodePoint, formula: float, what: str) -> None:
+    if not 0 < formula <= point.seconds / LEAST:
+        raise UsageError(
+            f"a step of {what} took {point.seconds:g} seconds, and the formula says {formula:g}: the points contradict "
+            f"each other or it; measure again"
+        )

@@ -183,11 +183,12 @@ def _entry(where: str, entry: Any, padded: bool) -> Entry:
         raise Wrong(f"{where}: decode begins at batches {starts}: the first must be 1, each other above the one before")
     prefill = prefill or (fit.prefill_line(prompts, padded),)
     decode = decode or fit.decode_lines(decodes)
-    for i, point in enumerate(prompts, 1):
-        if (found := Coefficients(prefill, decode).prompts(*point.composition(padded))) <= 0:
-            raise Wrong(f"{where}: prefill takes {found} seconds for prefill_points[{i}]: must be above 0")
+    try:
+        coefficients = fit.with_rest(prefill, decode, prompts, decodes, padded=padded)
+    except UsageError as error:
+        raise Wrong(f"{where}: {error}") from None
     return Entry(
-        fit.with_rest(prefill, decode, prompts, decodes, padded=padded),
+        coefficients,
         _limits(where, entry, prompts, decodes, padded),
         _error(where, entry, "prefill", fit.prefill_error(prompts, prefill, padded) if prompts else None),
         _error(where, entry, "decode", fit.decode_error(decodes, decode) if decodes else None),

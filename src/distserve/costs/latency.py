@@ -61,6 +61,9 @@ Points = tuple[tuple[float, float], ...]  # (x, y) by x
 # (key, points) by key. Two rows may have one key: the first ends what lies below it, the second begins what lies above.
 Rows = tuple[tuple[float, Points], ...]
 EVER = float("inf")
+LEAST = (
+    0.1  # of the formula: no rest makes a step of prompts shorter than that (between points; `fit.py` sees to points)
+)
 
 
 class Table:
@@ -129,9 +132,12 @@ class Coefficients:
             seconds = base + per_token * tokens + per_square * squares
         else:
             seconds = max([line(tokens, squares) for line in self.prefill])
-        if self._prefill_table is None:
-            return seconds
-        return seconds + self._prefill_table.piece(tokens * tokens / squares if squares else 1.0, tokens)[0]
+        return seconds if self._prefill_table is None else seconds + self._prefill_rest(tokens, squares, seconds)
+
+    def _prefill_rest(self, tokens: float, squares: float, seconds: float) -> float:
+        assert self._prefill_table is not None
+        rest = self._prefill_table.piece(tokens * tokens / squares if squares else 1.0, tokens)[0]
+        return max(rest, (LEAST - 1) * seconds)
 
     def decode_line(self, batch: int) -> DecodeLine:
         return self.decode[bisect_right(self._from_batches, batch)]
@@ -150,7 +156,7 @@ class Coefficients:
         rest = 0.0
         if prompts >= decodes:
             if self._prefill_table is not None:
-                rest = self._prefill_table.piece(tokens * tokens / squares if squares else 1.0, tokens)[0]
+                rest = self._prefill_rest(tokens, squares, max([line(tokens, squares) for line in self.prefill]))
         elif self._decode_table is not None:
             rest = self._decode_table.piece(batch, context)[0]
         attention = min([p.per_square for p in self.prefill]) * squares + line.per_context * context
@@ -163,7 +169,8 @@ class Coefficients:
         if self._decode_table is None:
             return Run(seconds, per_context * batch, EVER)
         rest, slope, until = self._decode_table.piece(batch, context)
-        return Run(seconds + rest, (per_context + slope) * batch, (until - context) // batch + 1)
+        steps = EVER if until == EVER else (until - context) // batch + 1
+        return Run(seconds + rest, (per_context + slope) * batch, steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +231,9 @@ class Latency:
     def run(self, batch: int, context: float) -> Run:
         """Of an instance of one stage, host included."""
         assert self.pp == 1, "steps of a pipeline overlap: drive them one by one"
-        run = self.coefficients.run(batch, context)
-        return Run(self._host(0, batch) + self._stage(run.seconds), run.growth * self.share, run.steps)
+        seconds, growth, steps = self.coefficients.run(batch, context)
+        step, share = self.decode_step, self.share
+        return Run(step.per_step + step.per_sequence * batch + seconds * share, growth * share, steps)
 
     def _host(self, tokens: int, sequences: int) -> float:
         step = self.prompt_step if tokens else self.decode_step
@@ -241,20 +249,19 @@ class Latency:
 def composition(items: Sequence[tuple[Scheduled, int]], padded: bool = False) -> tuple[int, int, int, int]:
     """(prompt tokens, their squares, decoding sequences, their context) of a batch."""
     contexts = [sequence.num_computed for sequence, n in items if n == 1]
-    batch = len(contexts)
-    if batch == len(items) and 0 not in contexts:  # nearly every step: everybody decodes
-        return 0, 0, batch, sum(contexts) + batch
-    tokens = squares = batch = context = prompts = longest = 0
-    for sequence, n in items:
-        computed = sequence.num_computed
-        if n == 1 and computed:
-            batch += 1
-            context += computed + 1
-        else:
-            tokens += n
-            squares += n * (2 * computed + n)
-            prompts += 1
-            longest = max(longest, n)
+    prompts = contexts.count(0)  # of a single token
+    batch = len(contexts) - prompts
+    context = sum(contexts) + batch
+    if batch == len(items):  # nearly every step
+        return 0, 0, batch, context
+    tokens = squares = prompts
+    longest = min(1, prompts)
+    for sequence, n in [item for item in items if item[1] != 1]:
+        tokens += n
+        squares += n * (2 * sequence.num_computed + n)
+        prompts += 1
+        if n > longest:
+            longest = n
     if padded and prompts > 1:
         tokens, squares = prompts * longest, prompts * longest * longest
     return tokens, squares, batch, context
