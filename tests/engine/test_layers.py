@@ -245,6 +245,27 @@ def test_what_is_not_a_number_stays_so(path: str, dtype: torch.dtype) -> None:
     assert not got[:, 0].isnan().any()
 
 
+@exact
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_value_reaches_the_tokens_that_see_it_alone(
+    path: str, dtype: torch.dtype, window: int | None, broken: float
+) -> None:
+    shape, at = (2, 64, 32), 130
+    qkv = random(200, 10 * 64, dtype=dtype)
+    good = in_pieces(qkv, [200], shape, 6, window).view(200, 6, 64)
+    qkv.view(200, 10, 64)[at, 9, 3] = broken  # a value of the second key/value head, which heads 3 to 5 share
+    got = in_pieces(qkv, [200], shape, 6, window).view(200, 6, 64)
+    seen = slice(at, 200 if window is None else at + window)
+    assert not got[seen, 3:, 3].isfinite().any()
+    got[seen, 3:, 3], good[seen, 3:, 3] = 0, 0
+    assert torch.equal(got, good)
+    assert torch.equal(
+        in_pieces(qkv, [131, 69], shape, 6, window).nan_to_num(7), in_pieces(qkv, [200], shape, 6, window).nan_to_num(7)
+    )
+
+
 # Weights
 
 

@@ -65,12 +65,18 @@ static Span span_of(const Call *c, const Task *t, size_t itemsize) {
 }
 
 #define NUMBER float
+#define EXPONENTS 0x7f8000007f800000u
+#define LOWEST 0x0080000000800000u
+#define SIGNS 0x8000000080000000u
 #define LOAD(x) (x)
 #define STORE(x) (x)
 #define NAME(x) x##_f32
 #include "attention_plain.h"
 
 #define NUMBER bf16
+#define EXPONENTS 0x7f807f807f807f80u
+#define LOWEST 0x0080008000800080u
+#define SIGNS 0x8000800080008000u
 #define LOAD(x) from_bf16(x)
 #define STORE(x) to_bf16(x)
 #define NAME(x) x##_bf16
@@ -105,6 +111,47 @@ static Task *cut(const Call *c, int64_t *count) {
     return tasks;
 }
 
+static void attend_rows_of(const Call *c, const Task *t, int tiles) {
+#ifdef HAVE_AMX
+    if (tiles) {
+        attend_amx(c, t);
+        return;
+    }
+#else
+    (void)tiles;
+#endif
+    if (c->layer->dtype == DTYPE_BF16) attend_bf16(c, t);
+    else attend_f32(c, t);
+}
+
+/* Whether every value that some row of the task sees and another does not is finite: that other row weighs it with 0, and
+ * 0 times NaN is NaN. */
+static int is_harmless(const Call *c, const Task *t) {
+    const Layer *l = c->layer;
+    const int is_bf16 = l->dtype == DTYPE_BF16;
+    const Span s = span_of(c, t, is_bf16 ? sizeof(bf16) : sizeof(float));
+    const int64_t first = s.positions[t->first / s.group], last = s.end_key - 1;
+    const int64_t left = l->window ? MAX(s.first_key, last - l->window + 1) : 0; /* keys before it fell out of the window */
+    int (*finite)(const Layer *, const Span *, int64_t, int64_t) = is_bf16 ? finite_bf16 : finite_f32;
+    return first == last || (finite(l, &s, first + 1, last + 1) && finite(l, &s, s.first_key, left));
+}
+
+/* One task; token by token where a value would reach rows that do not see it. Both ways give the same bits. */
+static void attend(const Call *c, const Task *t, int tiles) {
+    if (is_harmless(c, t)) {
+        attend_rows_of(c, t, tiles);
+        return;
+    }
+    const int64_t group = c->layer->num_heads / c->layer->num_kv_heads;
+    for (int64_t row = t->first; row < t->last;) {
+        const Task one = {t->sequence, t->head, row, MIN(t->last, (row / group + 1) * group)};
+        Call call = *c;
+        call.end = &one; /* nothing follows that could be asked for ahead */
+        attend_rows_of(&call, &one, tiles);
+        row = one.last;
+    }
+}
+
 /* Writes this step's keys and values into the cache (rotated, with the queries, where the layer has tables), then
  * attends. out [num_tokens, num_heads * head_dim]. */
 EXPORT void ds_attention(const Layer *layer, const Step *step, char *q, int64_t q_stride, char *k, int64_t k_stride,
@@ -113,8 +160,9 @@ EXPORT void ds_attention(const Layer *layer, const Step *step, char *q, int64_t 
     int64_t count = 0;
     Task *tasks = cut(&call, &count);
     call.end = tasks + count;
+    int tiles = 0;
 #ifdef HAVE_AMX
-    const int tiles = layer->dtype == DTYPE_BF16 && tiles_allowed && amx_attends(layer);
+    tiles = layer->dtype == DTYPE_BF16 && tiles_allowed && amx_attends(layer);
 #endif
     OMP(omp parallel num_threads(num_threads) if (num_threads > 1)) {
         OMP(omp for schedule(static))
@@ -126,16 +174,7 @@ EXPORT void ds_attention(const Layer *layer, const Step *step, char *q, int64_t 
         if (tiles) configure_tiles((const uint8_t[8]){16, 16, 16, 16, 16, 16, 16, 16});
 #endif
         OMP(omp for schedule(dynamic))
-        for (int64_t i = 0; i < count; i++) {
-#ifdef HAVE_AMX
-            if (tiles) {
-                attend_amx(&call, tasks + i);
-                continue;
-            }
-#endif
-            if (layer->dtype == DTYPE_BF16) attend_bf16(&call, tasks + i);
-            else attend_f32(&call, tasks + i);
-        }
+        for (int64_t i = 0; i < count; i++) attend(&call, tasks + i, tiles);
 #ifdef HAVE_AMX
         if (tiles) _tile_release();
 #endif

@@ -1,5 +1,6 @@
 /* Rotation, cache writes and attention in plain C, for any head size and any processor. Included once per number format,
- * with NUMBER, LOAD, STORE and NAME defined; what needs no format is in attention_vectors.h.
+ * with NUMBER, LOAD, STORE, NAME and the numbers' bits (a 64-bit word of them) defined; what needs no format is in
+ * attention_vectors.h.
  */
 #include "attention_vectors.h"
 
@@ -80,6 +81,27 @@ static void NAME(unpack)(const Layer *l, const Span *s, const Board *b, int64_t 
     }
 }
 
+/* Whether the values of keys [from, to) are finite: adding one to the lowest bit of an exponent carries into the sign
+ * only where all its bits are set. */
+static int NAME(finite)(const Layer *l, const Span *s, int64_t from, int64_t to) {
+    uint64_t carried = 0;
+    for (int64_t key = from; key < to;) { /* block by block: within one, values lie side by side */
+        const int64_t count = MIN(to - key, l->block_size - key % l->block_size);
+        const char *values = (const char *)(NAME(key_at)(l, s, key) + l->value_offset);
+        const int64_t bytes = count * l->head_dim * (int64_t)sizeof(NUMBER);
+        for (int64_t i = 0; i < bytes / 8; i++) {
+            uint64_t word;
+            memcpy(&word, values + i * 8, 8);
+            carried |= (word & EXPONENTS) + LOWEST;
+        }
+        uint64_t last = 0;
+        memcpy(&last, values + bytes / 8 * 8, (size_t)(bytes % 8));
+        carried |= (last & EXPONENTS) + LOWEST;
+        key += count;
+    }
+    return !(carried & SIGNS);
+}
+
 static void NAME(load_queries)(const Call *c, const Task *t, const Span *s, const Board *b) {
     const float scale = (float)(c->layer->scale * 1.4426950408889634);
     for (int64_t i = 0; i < b->rows; i++) {
@@ -122,6 +144,9 @@ static void NAME(attend)(const Call *c, const Task *t) {
 }
 
 #undef NUMBER
+#undef EXPONENTS
+#undef LOWEST
+#undef SIGNS
 #undef LOAD
 #undef STORE
 #undef NAME

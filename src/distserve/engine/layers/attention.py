@@ -127,6 +127,7 @@ def describe_layer(kv: Tensor, rope: Rotary | None, num_heads: int, scale: float
     num_kv_heads, block_size, dim = kv.shape[2:]
     assert strides[3:] == (dim, 1), "a head's tokens must lie side by side"
     assert num_heads % num_kv_heads == 0
+    assert block_size % 4 == 0, "plain attention unpacks four keys at a time"
     tables = (None, None) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr())
     assert rope is None or 2 * rope.cos.shape[1] == dim
     shape = (num_heads, num_kv_heads, dim, block_size, window or 0, DTYPES[kv.dtype])
