@@ -1,15 +1,20 @@
 """What the gateway adds: time to the first token, processor time per streamed token, and what a very long prompt costs.
 
-    python -m benchmarks.gateway [--requests 1000] [--rate 50] [--json FILE|-]
+    python -m benchmarks.gateway [--rounds 5] [--requests 200] [--rate 50] [--json FILE|-]
 
 The whole server with instances whose engine only waits (`distserve serve fake:step=0.002,verify=0`): HTTP, tokenizer,
-routing, ZeroMQ, the hand-off from prefill to decode and its pull are real. Server and client share the machine's cores.
+routing, the wire, the hand-off from prefill to decode and its pull are real. The gateway's process has one core; the
+client and the fake instances, which mostly sleep, share another, so that neither takes the gateway's time.
 
-- added TTFT: Poisson arrivals, `--requests` streamed completions of a text of about 200 tokens, 32 output tokens; what
-  the client measures less the 2 ms that the fake engine takes for a prompt. Waiting for another prompt's 2 ms is in it.
-  The client's own share is measured against a bare server that answers at once, and shown beside it, not subtracted.
-- processor time per token: of the gateway's process, over the same load and over a heavy one (32 streams of 500
-  tokens), divided by the tokens streamed; requests' own costs (parsing, tokenizing, admission) are in it.
+- added TTFT: `--rounds` times `--requests` streamed completions of a text of about 200 tokens, 32 output tokens, at
+  Poisson arrivals, in turns with the same client and the same load against the fake engine itself
+  (`benchmarks.gateway_direct`, on the gateway's core): bare sockets, constant bytes, no gateway. That shows the
+  client's time, the kernel's and the engine's, waiting for another prompt's step included. What is reported is the
+  difference of the two: of the medians, the median round's; of the 99th percentiles, that of all requests. What uvicorn
+  alone would add, with an application that writes constant bytes, is shown beside it: the floor.
+- processor time per token: of the gateway's process, over a heavy load (32 streams of 500 tokens, a warm-up and
+  `--rounds` times) and over the one above, divided by the tokens streamed; requests' own costs (parsing, tokenizing,
+  admission) are in it. The floor is the same through the uvicorn server of constant bytes.
 - a 200 KB prompt is tokenized once: what it takes until it is refused (it is longer than the model's context, which
   only its tokens tell) is held against one call of /tokenize with the same text, whose answer also lists the tokens.
 """
@@ -17,17 +22,22 @@ routing, ZeroMQ, the hand-off from prefill to decode and its pull are real. Serv
 from __future__ import annotations
 
 import argparse
-import asyncio
+import itertools
 import json
+import os
 import random
 import statistics
+import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from benchmarks import servers
+from benchmarks.gateway_client import at_once, open_loop
 from benchmarks.harness import describe, machine, report, say, table
-from benchmarks.load import body, closed_loop, open_loop, poisson, prompts
+from benchmarks.load import body, prompts
 from distserve.metrics import quantile
 
 SENTENCE = "the model reads what was asked and says one word after another until it has nothing more to say"
@@ -46,46 +56,62 @@ def text(size: int, seed: int) -> str:
     return " ".join(words)
 
 
-async def bare(requests: int, rate: float) -> list[float]:
-    """TTFT of this client against a server that has its answer ready: what is not the gateway's in the figures."""
-    event = b'data: {"choices":[{"index":0,"text":"a","finish_reason":"length"}]}\n\ndata: [DONE]\n\n'
-    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(event)
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while request := await reader.readuntil(b"\r\n\r\n"):
-                length = next(line for line in request.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-                await reader.readexactly(int(length.split(b":")[1]))
-                writer.write(head + event)
-                await writer.drain()
-        except asyncio.IncompleteReadError:
-            writer.close()  # the client has gone
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        bodies = [body(text(1000, seed), 1) for seed in range(requests)]
-        results = await open_loop(f"http://127.0.0.1:{port}", bodies, poisson(rate, requests))
-    return [ttft for result in results if (ttft := result.record.ttft) is not None]
+def direct(kind: str) -> servers.Server:
+    """The fake engine with no gateway before it."""
+    port = servers.free_port()
+    command = [sys.executable, "-m", "benchmarks.gateway_direct", kind, "--port", str(port), "--step", str(STEP)]
+    return servers.Server(kind, command, port)
 
 
-def first_tokens(server: servers.Server, requests: int, rate: float) -> tuple[list[float], float]:
-    """What was added to the TTFT of every request of the paced load, and the gateway's processor seconds per token."""
-    bodies = [body(text(1000, seed), 32) for seed in range(requests)]
-    asyncio.run(open_loop(server.url, bodies[:100], poisson(rate, min(100, requests))))  # not counted
-    before = server.cpu()
-    results = asyncio.run(open_loop(server.url, bodies, poisson(rate, requests)))
-    per_token = (server.cpu() - before) / sum(result.record.output_tokens for result in results)
-    return [ttft - STEP for result in results if (ttft := result.record.ttft) is not None], per_token
+@dataclass
+class Paced:
+    """One server under the paced load."""
+
+    ttfts: list[list[float]] = field(default_factory=list)  # of each round
+    cpu: float = 0.0  # seconds of its own process
+    tokens: int = 0
+
+    def measure(self, server: servers.Server, bodies: list[bytes], rate: float) -> None:
+        before = server.cpu()
+        seen = open_loop(server.port, bodies, rate, len(self.ttfts))
+        self.cpu += server.cpu() - before
+        self.tokens += sum(one.tokens for one in seen)
+        self.ttfts.append([one.ttft for one in seen])
+
+    def quantile(self, q: float) -> float:
+        return quantile(sorted(itertools.chain(*self.ttfts)), q)
+
+    def over(self, other: Paced) -> tuple[float, float]:
+        """What this adds to `other`, at the median and at the 99th percentile."""
+        medians = [statistics.median(a) - statistics.median(b) for a, b in zip(self.ttfts, other.ttfts, strict=True)]
+        return statistics.median(medians), self.quantile(0.99) - other.quantile(0.99)
 
 
-def streaming(server: servers.Server, streams: int, tokens: int) -> float:
-    """The gateway's processor seconds per token with many long streams at once."""
+def first_tokens(contenders: dict[str, servers.Server], rounds: int, requests: int, rate: float) -> dict[str, Paced]:
+    found = {name: Paced() for name in contenders}
+    for server in contenders.values():  # not counted
+        open_loop(server.port, [body(text(1000, seed), 32) for seed in range(50)], rate, 0)
+    for i in range(rounds):
+        say(f"first tokens, round {i + 1} of {rounds}")
+        bodies = [body(text(1000, i * requests + seed), 32) for seed in range(requests)]
+        for name, server in contenders.items():
+            found[name].measure(server, bodies, rate)
+    return found
+
+
+def streaming(contenders: Sequence[servers.Server], rounds: int, streams: int, tokens: int) -> list[float]:
+    """Of each, seconds of its process per token with many long streams at once; they take turns."""
     bodies = [body(prompt, tokens) for prompt in prompts(streams, 16)]
-    asyncio.run(closed_loop(server.url, bodies, streams))  # not counted
-    before = server.cpu()
-    results = asyncio.run(closed_loop(server.url, bodies, streams))
-    return (server.cpu() - before) / sum(result.record.output_tokens for result in results)
+    for server in contenders:
+        at_once(server.port, bodies)  # not counted
+    spent, streamed = [0.0] * len(contenders), [0] * len(contenders)
+    for _ in range(rounds):
+        for i, server in enumerate(contenders):
+            before = server.cpu()
+            seen = at_once(server.port, bodies)
+            spent[i] += server.cpu() - before
+            streamed[i] += sum(one.tokens for one in seen)
+    return [seconds / count for seconds, count in zip(spent, streamed, strict=True)]
 
 
 def long_prompt(server: servers.Server) -> tuple[float, float]:
@@ -114,40 +140,73 @@ def timed(url: str, prompt: str, expected: int) -> float:
     return time.perf_counter() - begin
 
 
+def measure(rounds: int, requests: int, rate: float) -> dict[str, float]:
+    """Every figure, in seconds."""
+    fake = f"fake:step={STEP},verify=0"
+    own, others = sorted(os.sched_getaffinity(0))[:2]
+    with (
+        direct("socket") as engine,
+        direct("uvicorn") as floor,
+        servers.distserve("--log-level", "warning", model=fake, name="fake") as gateway,
+    ):
+        contenders = {"engine": engine, "uvicorn": floor, "gateway": gateway}
+        for server in contenders.values():
+            server.pin(own, others)
+        os.sched_setaffinity(0, {others})
+        paced = first_tokens(contenders, rounds, requests, rate)
+        say("many streams")
+        floor_cpu, gateway_cpu = streaming([floor, gateway], rounds, 32, 500)
+        say("long prompts")
+        tokenize, refused = long_prompt(gateway)
+    added, floor_added = paced["gateway"].over(paced["engine"]), paced["uvicorn"].over(paced["engine"])
+    return {
+        "ttft_p50": paced["gateway"].quantile(0.5),
+        "ttft_p99": paced["gateway"].quantile(0.99),
+        "engine_p50": paced["engine"].quantile(0.5),
+        "engine_p99": paced["engine"].quantile(0.99),
+        "added_p50": added[0],
+        "added_p99": added[1],
+        "uvicorn_added_p50": floor_added[0],
+        "uvicorn_added_p99": floor_added[1],
+        "cpu_per_token": gateway_cpu,
+        "uvicorn_cpu_per_token": floor_cpu,
+        "cpu_per_token_paced": paced["gateway"].cpu / paced["gateway"].tokens,
+        "uvicorn_cpu_per_token_paced": paced["uvicorn"].cpu / paced["uvicorn"].tokens,
+        "tokenize_200kb": tokenize,
+        "refuse_200kb": refused,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=200, help="of a round")
     parser.add_argument("--rate", type=float, default=50.0)
     parser.add_argument("--json", metavar="FILE|-")
     arguments = parser.parse_args()
     kind = machine()
-    with servers.distserve("--log-level", "warning", model=f"fake:step={STEP},verify=0", name="fake") as server:
-        say("ready, measuring first tokens")
-        client = asyncio.run(bare(arguments.requests, arguments.rate))
-        first, paced = first_tokens(server, arguments.requests, arguments.rate)
-        say("many streams")
-        streamed = streaming(server, 32, 500)
-        say("long prompts")
-        tokenize, refused = long_prompt(server)
-    found = {
-        "ttft_p50": quantile(sorted(first), 0.5),
-        "ttft_p99": quantile(sorted(first), 0.99),
-        "client_p50": quantile(sorted(client), 0.5),
-        "client_p99": quantile(sorted(client), 0.99),
-        "cpu_per_token_paced": paced,
-        "cpu_per_token_32_streams": streamed,
-        "tokenize_200kb": tokenize,
-        "refuse_200kb": refused,
-    }
+    if len(os.sched_getaffinity(0)) < 2:
+        parser.error("this needs two cores: one for the gateway, one for the client and the instances")
+    found = measure(arguments.rounds, arguments.requests, arguments.rate)
+
+    def pair(name: str) -> str:
+        return f"{milli(found[f'{name}_p50'])}, {milli(found[f'{name}_p99'])}"
+
+    def micro(name: str) -> str:
+        return f"{1e6 * found[name]:.1f} us"
+
+    rate = f"{arguments.rate:g} requests/s"
+    tokenize = f"/tokenize: {milli(found['tokenize_200kb'])}"
+    cpu = "processor time per token, 32 streams"
     rows = [
-        [f"added TTFT at {arguments.rate:g} requests/s, median", milli(found["ttft_p50"]), "at most 2 ms"],
-        ["  p99", milli(found["ttft_p99"]), "at most 10 ms"],
-        ["  of it the client's own, median and p99", f"{milli(found['client_p50'])}, {milli(found['client_p99'])}", ""],
-        ["processor time per token, 32 streams", f"{1e6 * streamed:.1f} us", "at most 30 us"],
-        [f"processor time per token, {arguments.rate:g} requests/s of 32 tokens", f"{1e6 * paced:.1f} us", ""],
-        ["200 KB prompt, read and refused", milli(refused), f"/tokenize: {milli(tokenize)}"],
+        [f"TTFT at {rate}, median and p99", pair("ttft"), "", ""],
+        ["  of the fake engine without gateway", pair("engine"), "", ""],
+        ["added TTFT, median and p99", pair("added"), pair("uvicorn_added"), "at most 2 ms, 10 ms"],
+        [cpu, micro("cpu_per_token"), micro("uvicorn_cpu_per_token"), "at most 30 us"],
+        [f"  {rate} of 32 tokens", micro("cpu_per_token_paced"), micro("uvicorn_cpu_per_token_paced"), ""],
+        ["200 KB prompt, read and refused", milli(found["refuse_200kb"]), "", tokenize],
     ]
-    text_ = f"{describe(kind)}\n\n{table(['gateway', 'measured', 'target'], rows)}"
+    text_ = f"{describe(kind)}\n\n{table(['gateway', 'measured', 'uvicorn alone', 'target'], rows)}"
     report({"machine": kind, "seconds": found}, text_, arguments.json)
 
 

@@ -2,19 +2,21 @@
 
     python -m benchmarks.gateway_direct {socket|uvicorn} --port PORT --step SECONDS
 
-Takes the same requests and answers as many chunks, of constant bytes and of the same size, at the pace of the fake
-engine: all waiting prompts share one step, all running answers the next, each step `asyncio.sleep` for so long (the
-prompt's steps and the answers' are two loops, as they are two instances). Nothing is parsed but `max_tokens`, nothing
-is tokenized, routed or handed over. A request without a body is answered at once, as /health is.
+Takes the same requests, has its prompts computed by the same `FakeExecutor`, and answers as many chunks, of constant
+bytes and of the same size, at the same pace: all waiting prompts share a step, all running answers another (two loops,
+as they are two instances). Of a request nothing is parsed but `max_tokens`; nothing is tokenized, routed or handed on.
+A request without a body is answered at once, as /health is.
 
-`socket` writes to bare sockets on asyncio's loop, as the instances' is: a client against it shows its own time, the
-kernel's, and the engine's. `uvicorn` is an ASGI application served as the gateway is: the floor of any server of ours.
+`socket` writes to bare sockets: a client against it shows its own time, the kernel's, and the engine's. `uvicorn` is an
+ASGI application served as the gateway is: the floor of any server of ours. Both run on uvloop, as the gateway and the
+instances do.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import re
 import socket
@@ -24,7 +26,13 @@ import uvicorn
 import uvloop
 from starlette.types import Receive, Scope, Send
 
+from distserve.engine.base import EngineOptions
+from distserve.engine.fake import FakeExecutor, parse_fake
+from distserve.request import Request, SamplingParams
+from distserve.sched.base import Batch, Sequence
+
 CHUNK = b"data: " + b"x" * 210 + b"\n\n"
+PROMPT = list(range(1000, 1200))  # as many tokens as the measured prompts have
 HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -32,17 +40,22 @@ Write = Callable[[bytes, bool], None]  # (a chunk's content, whether it is the l
 
 
 class Engine:
-    """Two loops of steps; an answer is a `Write` and how many tokens it still wants."""
+    """Two loops of steps; an answer is a `Write` and how many tokens it wants."""
 
     def __init__(self, step: float) -> None:
+        model = f"fake:step={step},verify=0"
+        self._executor = FakeExecutor(EngineOptions(model=model, kv_bytes=64 << 20), parse_fake(model))
         self._step = step
-        self._waiting: list[tuple[Write, int]] = []
+        self._ids = itertools.count(1)
+        self._waiting: list[tuple[int, Write, int]] = []
         self._running: list[tuple[Write, int, int]] = []
         self._prompted, self._started = asyncio.Event(), asyncio.Event()
         self._loops = [asyncio.create_task(self._prefill()), asyncio.create_task(self._decode())]
 
     def add(self, write: Write, max_tokens: int) -> None:
-        self._waiting.append((write, max_tokens))
+        id = next(self._ids)
+        self._executor.add(Request(id, PROMPT, SamplingParams(max_tokens=max_tokens, ignore_eos=True)))
+        self._waiting.append((id, write, max_tokens))
         self._prompted.set()
 
     async def _prefill(self) -> None:
@@ -50,8 +63,10 @@ class Engine:
             await self._prompted.wait()
             self._prompted.clear()
             batch, self._waiting = self._waiting, []
-            await asyncio.sleep(self._step)
-            for write, max_tokens in batch:
+            size = len(PROMPT)
+            await self._executor.execute(Batch(0, [(Sequence(id, size), size) for id, _, _ in batch]))
+            for id, write, max_tokens in batch:
+                self._executor.forget(id)
                 self._token(write, 1, max_tokens)
             if self._waiting:
                 self._prompted.set()
@@ -83,8 +98,7 @@ class _Raw(asyncio.Protocol):
         self._data = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport: asyncio.WriteTransport = transport  # type: ignore[assignment]  # not so by name on uvloop
 
     def data_received(self, data: bytes) -> None:
         self._data += data
@@ -142,7 +156,7 @@ def main() -> None:
     parser.add_argument("--step", type=float, required=True)
     arguments = parser.parse_args()
     if arguments.kind == "socket":
-        asyncio.run(_serve_socket(arguments.port, arguments.step))
+        uvloop.run(_serve_socket(arguments.port, arguments.step))
     else:
         uvloop.run(_serve_uvicorn(arguments.port, arguments.step))
 

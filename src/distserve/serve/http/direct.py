@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -70,7 +71,7 @@ def _parse(model: type[Body], data: bytes, content_type: bytes) -> Body:
     content: Any = data
     if _is_json(content_type):
         try:
-            content = json.loads(data)
+            content = _load(data)
         except json.JSONDecodeError as error:
             raise invalid_body([{"type": "json_invalid", "loc": ("body",), "msg": error.msg}], error.doc) from error
         except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, or too deep
@@ -80,6 +81,14 @@ def _parse(model: type[Body], data: bytes, content_type: bytes) -> Body:
     except InvalidBodyError as error:
         complaints = error.errors(include_url=False, include_context=False)
         raise invalid_body([{**one, "loc": ("body", *one["loc"])} for one in complaints], content) from error
+
+
+def _load(data: bytes) -> Any:
+    """msgspec is quicker where it agrees; the standard library decides, and words, the rest (NaN, half surrogates)."""
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        return json.loads(data)
 
 
 def _is_json(content_type: bytes) -> bool:
