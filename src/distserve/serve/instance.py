@@ -270,6 +270,7 @@ class InstanceLoop:
                 self._draining = True
             case Stop():
                 self._stopping = True
+        self._start_pulls(self._clock())  # a step that runs keeps nobody from pulling
         self._wake.set()
 
     def _submit(self, request: Request, handle: KVHandle | None) -> None:

@@ -113,6 +113,7 @@ class Instance:
         world: Surroundings,
         *,
         token_bytes: float = 0.0,  # KV of a token on one rank
+        reports: bool = True,  # False: nobody asks for its load
     ) -> None:
         self.name = name
         self.role = role
@@ -131,7 +132,8 @@ class Instance:
         self._woken = -1.0  # a kick is planned for then
         self._idle_since = 0.0
         self._stalled = False
-        self._report: Load | None = None
+        self._reports = reports
+        self._report = scheduler.load()
         self._ends: list[tuple[int, int, Imagined]] = []  # heap: tick at which one in lockstep ends
 
     # -- what the world does to it -------------------------------------------------------------------------------------
@@ -152,16 +154,13 @@ class Instance:
     def pull_ended(self, sequence: Imagined, now: float) -> None:
         self.settle(now)
         self.scheduler.pulled(sequence.id, now)  # type: ignore[attr-defined]  # only decode pulls
-        self._report = None
         if not self._stalled:
             self._kick(now)
 
     def load(self, now: float) -> Load:
-        """As its last report says: at the end of the last step."""
+        """As it reported at the end of its last step; where it does not report, as it is."""
         self.settle(now)
-        if self._report is None:
-            self._report = self.scheduler.load()
-        return self._report
+        return self._report if self._reports else self.scheduler.load()
 
     def settle(self, now: float) -> None:
         """Brings the scheduler to `now`: the steps that are over are completed, the one that runs will end alone."""
@@ -173,12 +172,14 @@ class Instance:
         batch, start = flight.batch, flight.start
         if done:
             start = flight.time_of(done)
+            self._count(flight, done, start)
             self.scheduler.complete(batch, _NOBODY, start, done)
+            if self._reports:
+                self._report = self.scheduler.load()
             again = self.scheduler.next_batch(start)
             assert again is not None
             assert len(again.items) == len(batch.items), "a batch that should have been made again was not"
             batch = again
-            self._report = None
         end = flight.time_of(done + 1)
         self._flights.append(_Flight(batch, start, end, prompts=False, remaining=flight.remaining - done))
         self._events.at(end, self._ended, self._flights[-1])
@@ -277,9 +278,9 @@ class Instance:
             heappush(ends, (ticks + sequence.target - sequence.num_tokens, sequence.id, sequence))
         while True:
             end, _, sequence = ends[0]
-            if sequence.in_lockstep and sequence.target - sequence.num_tokens == end - ticks:
+            if _is_true(end, sequence, lockstep):
                 return end - ticks
-            heappop(ends)  # it left since, and knows another end by now
+            heappop(ends)
 
     def _swapped(self, others: list[tuple[Sequence, int]]) -> tuple[list[tuple[Sequence, int]], float]:
         """The items as an engine sees them that kept the KV of preempted sequences in host memory, and the seconds to
@@ -300,14 +301,12 @@ class Instance:
         if flight.void:
             return
         self._flights.popleft()
-        self._report = None
-        times, usage = flight.times, self.usage
-        usage.busy += now - flight.start
-        usage.steps += times
-        if self.trace is not None:
-            self._tell_trace(flight)
+        times = flight.times
+        self._count(flight, times, now)
         result = _Ended(self._whose_last(flight))
         outcome = self.scheduler.complete(flight.batch, result, now, times)
+        if self._reports:
+            self._report = self.scheduler.load()
         self._tell(outcome, flight.prompts, now)
         self._idle_since = now
         self._kick(now)
@@ -318,7 +317,9 @@ class Instance:
         if batch.lockstep is not None and flight.remaining <= flight.times:
             end = batch.lockstep.ticks + flight.times
             while self._ends and self._ends[0][0] <= end:
-                ended.add(heappop(self._ends)[1])
+                known, _, sequence = heappop(self._ends)
+                if _is_true(known, sequence, batch.lockstep):
+                    ended.add(sequence.id)
         for sequence, n in batch.items[batch.num_lockstep :]:
             if sequence.target - sequence.num_tokens <= 1 and sequence.num_computed + n >= sequence.num_tokens:  # type: ignore[attr-defined]
                 ended.add(sequence.id)
@@ -336,8 +337,16 @@ class Instance:
         for sequence in outcome.finished:
             world.finished(sequence, now)  # type: ignore[arg-type]
 
-    def _tell_trace(self, flight: _Flight) -> None:
-        assert self.trace is not None
-        items = [(sequence.id, n) for sequence, n in flight.batch.items]
-        for i in range(flight.times):
-            self.trace(self.name, flight.time_of(i), items)
+    def _count(self, flight: _Flight, times: int, end: float) -> None:
+        """The first `times` steps of a flight are over."""
+        self.usage.busy += end - flight.start
+        self.usage.steps += times
+        if self.trace is not None:
+            items = [(sequence.id, n) for sequence, n in flight.batch.items]
+            for i in range(times):
+                self.trace(self.name, flight.time_of(i), items)
+
+
+def _is_true(end: int, sequence: Imagined, lockstep: Clock) -> bool:
+    """Whether `sequence` still ends at tick `end`: it may have left since, and come back behind the others."""
+    return sequence.in_lockstep and sequence.target - sequence.num_tokens == end - lockstep.ticks

@@ -65,8 +65,11 @@ class World:
         self._seats = seating.seats
         self._routes: dict[tuple[str, str], Route] = {}
         self._notes = list(seating.notes) if any(spec.role is Role.DECODE for spec in plan.instances) else []
+        num_decode = sum(spec.count for spec in plan.instances if spec.role is Role.DECODE)
+        num_first = sum(spec.count for spec in plan.instances) - num_decode
         for replica in plan.replicas():
-            member = self._member(replica)
+            choice = (num_decode if replica.role is Role.DECODE else num_first) > 1
+            member = self._member(replica, choice)
             member.instance.trace = trace
             (self._decode if replica.role is Role.DECODE else self._first)[replica.name] = member
         # Where there is no choice, nobody need be asked: it would cost more than the rest of a request's simulation.
@@ -192,7 +195,7 @@ class World:
             self._routes[source, target] = route
         return route
 
-    def _member(self, replica: Replica) -> _Member:
+    def _member(self, replica: Replica, choice: bool) -> _Member:
         spec, engine = replica.spec, self._engine
         latency = self._costs.latency(spec.tp, spec.pp)
         pool = BlockCount(self._costs.kv_blocks(spec.tp, spec.pp, spec.kv_memory), engine.block_size)
@@ -207,7 +210,15 @@ class World:
         )
         token_bytes = self._token_bytes / spec.num_ranks
         instance = Instance(
-            replica.name, replica.role, scheduler, latency, engine, self.events, self, token_bytes=token_bytes
+            replica.name,
+            replica.role,
+            scheduler,
+            latency,
+            engine,
+            self.events,
+            self,
+            token_bytes=token_bytes,
+            reports=choice,
         )
         return _Member(instance, knee / latency.prompts([knee]))
 
