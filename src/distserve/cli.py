@@ -14,6 +14,7 @@ import typer
 
 from distserve.bench.command import bench
 from distserve.errors import DistserveError, UsageError
+from distserve.planner.command import plan
 from distserve.serve.command import serve
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(bench)
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)

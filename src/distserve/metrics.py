@@ -203,9 +203,12 @@ def report(
     devices: int | None = None,
     warmup: float = 0.0,
     seed: int | None = None,
+    targets: Targets | None = None,
 ) -> Report:
     """Everything about a run. `end`: when the last request was over, on the clock of the arrivals. `rate`: what was
-    asked for; None: what the arrivals say. Raises `UsageError` where the warm-up leaves nothing to count."""
+    asked for; None: what the arrivals say. `targets` judge in place of `slo` where applications have their own. Raises
+    `UsageError` where the warm-up leaves nothing to count."""
+    judge = targets or slo
     if not records:
         raise UsageError("no requests to report: offer at least one")
     records = sorted(records, key=lambda record: record.arrival)
@@ -229,8 +232,8 @@ def report(
         failed=dict(sorted(Counter(record.status for record in counted if not record.ok).items())),
         duration=duration,
         rate=rate,
-        attainment=attainment(counted, slo),
-        interval=_interval(counted, slo),
+        attainment=attainment(counted, judge),
+        interval=_interval(counted, judge),
         ttft=Summary.of(record.ttft for record in good if record.ttft is not None),
         tpot=Summary.of(record.tpot for record in good if record.tpot is not None),
         throughput={
@@ -243,7 +246,7 @@ def report(
         rate_per_device=rate / devices if rate is not None and devices else None,
         warmup=warmup,
         seed=seed,
-        by_app={app: attainment([record for record in counted if record.app == app], slo) for app in apps},
+        by_app={app: attainment([record for record in counted if record.app == app], judge) for app in apps},
     )
 
 
@@ -271,7 +274,7 @@ def default_warmup(span: float) -> float:
     return span / 10
 
 
-def _interval(records: Sequence[Record], slo: SLO) -> Interval:
+def _interval(records: Sequence[Record], slo: SLO | Targets) -> Interval:
     """`records` in order of arrival."""
 
     def of(met: Callable[[Record], bool]) -> tuple[float, float]:

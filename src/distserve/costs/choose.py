@@ -1,0 +1,30 @@
+"""Which costs predict a model on a device, where a person may have named some. Knows no plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distserve.catalogue import model_spec
+from distserve.costs.base import Costs
+from distserve.costs.devices import device as device_of
+from distserve.costs.estimate import EstimatedCosts
+from distserve.costs.profile import Profile
+
+DEFAULTS = ("a100-80g",)  # shipped costs that are taken unasked where they know the model on the device
+
+
+def choose_costs(model: str, device: str, costs: str | Path | None = None) -> Costs:
+    """`costs`, a shipped name or a file; None: what is shipped for the model on the device, else measured operators
+    where their tables are installed, else the datasheet. Raises `UsageError` where the costs are for other models or
+    another device, or either is unknown."""
+    if costs is not None:
+        profile = Profile.load(costs)
+        return profile.costs(model, spec=model_spec(model), device=device)
+    found = device_of(device)
+    spec = model_spec(model)
+    for name in DEFAULTS:
+        profile = Profile.load(name)
+        known = {entry.lower() for entry in profile.models}
+        if profile.device == found.name and model.lower() in known:
+            return profile.costs(model, spec=spec)
+    return EstimatedCosts(spec, found)

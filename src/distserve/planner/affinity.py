@@ -1,0 +1,36 @@
+"""Which algorithm: may KV move between nodes, or must it stay inside them. Knows bandwidths and lengths."""
+
+from __future__ import annotations
+
+from distserve.cluster import Cluster
+from distserve.costs.base import Costs
+from distserve.costs.memory import kv_token_bytes
+from distserve.costs.network import Links
+from distserve.planner.demand import Demand
+
+_BUSY = 0.5  # share of the nodes' network that pulls may take
+_LATE = 0.05  # share of a mean answer's time (its TPOT target times its tokens) that a pull may take
+
+
+def low_affinity(costs: Costs, cluster: Cluster, demand: Demand, rate: float | None) -> tuple[bool, str]:
+    """(whether KV must stay inside nodes, why). High affinity (Algorithm 1) where both hold on the slow link:
+
+    - a mean request's pull takes at most a twentieth of what its answer may take (TPOT target times its tokens), and
+    - pulls of all requests at `rate`, all between nodes, take at most half of the nodes' bandwidth. Without a rate
+      (as many as possible) a request/s for each pair of devices is taken, about what a large model attains.
+    """
+    if cluster.nodes == 1:
+        return False, "there is one node"
+    size = demand.workload.mean_prompt_tokens * kv_token_bytes(costs.spec, dtype=costs.dtype)
+    link = Links(cluster).efficiency * cluster.inter_node_bandwidth
+    pull = cluster.inter_node_latency + size / link
+    offered = rate if rate is not None else cluster.num_devices / 2
+    busy = offered * size / (link * cluster.nodes)
+    targets = [slo.tpot for app in demand.apps if (slo := demand.targets.of(app)).tpot is not None]
+    allowed = _LATE * min(targets) * demand.workload.mean_output_tokens if targets else float("inf")
+    facts = f"a mean request's KV ({size / 1e6:.0f} MB) takes {pull:.3g} s between nodes"
+    if pull > allowed:
+        return True, f"{facts}, more than the {allowed:.2g} s that its TPOT target leaves for it"
+    if busy > _BUSY:
+        return True, f"{facts}: {offered:g} requests/s would take {busy:.0%} of the network"
+    return False, f"{facts}, {busy:.0%} of the network at {offered:g} requests/s"

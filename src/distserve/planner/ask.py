@@ -1,0 +1,100 @@
+"""The questions that processes answer: does this attain the goal at that rate, and up to which. Knows no search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distserve.cluster import Cluster
+from distserve.costs.base import Costs
+from distserve.plan import InstanceSpec, Plan, Role
+from distserve.planner.demand import Demand
+from distserve.planner.goodput import USUAL, Length, Situation, Verdict, highest_rate, judge
+from distserve.planner.jobs import cancelled
+from distserve.planner.phases import decode_apart, prefill_apart
+
+
+@dataclass
+class World:
+    """What every process knows."""
+
+    costs: Costs
+    cluster: Cluster
+    demands: Mapping[str, Demand]  # all requests under "", those of one application under its name
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        self._apart: dict[tuple[str, Role], Demand] = {}
+
+    def demand(self, whose: str, role: Role | None) -> Demand:
+        """What instances of this role alone see of it; None: a whole deployment."""
+        demand = self.demands[whose]
+        if role is None or role is Role.COLOCATED:
+            return demand
+        if (whose, role) not in self._apart:
+            self._apart[whose, role] = demand.of_prefill() if role is Role.PREFILL else demand.of_decode()
+        return self._apart[whose, role]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """About a plan with its seats, or about instances of one role apart."""
+
+    subject: Plan | InstanceSpec
+    rate: float  # requests/s
+    residence: float  # seconds
+    whose: str = ""  # demand
+    length: Length = USUAL
+    seed: int = 0
+    early: bool = True
+    scale: float = 1.0  # of the targets
+
+
+@dataclass(frozen=True, slots=True)
+class Climb:
+    """Up to which rate."""
+
+    question: Question  # at the rate to begin with
+    most: float
+    tolerance: float
+
+
+def ask(world: World, question: Question) -> Verdict:
+    situation, plan = _situation(world, question)
+    return judge(
+        situation,
+        plan,
+        question.rate,
+        question.length,
+        seed=question.seed,
+        early=question.early,
+        cancelled=cancelled,
+    )
+
+
+def climb(world: World, request: Climb) -> list[Verdict]:
+    """Every verdict on the way."""
+    question = request.question
+    situation, plan = _situation(world, question)
+    found: list[Verdict] = []
+
+    def attains(rate: float) -> bool:
+        found.append(judge(situation, plan, rate, question.length, seed=question.seed, cancelled=cancelled))
+        return found[-1].attains or cancelled()
+
+    highest_rate(attains, question.rate, most=request.most, tolerance=request.tolerance)
+    return found
+
+
+def _situation(world: World, question: Question) -> tuple[Situation, Plan]:
+    subject = question.subject
+    if isinstance(subject, Plan):
+        demand = world.demand(question.whose, None)
+        if question.scale != 1.0:
+            demand = demand.scaled_targets(question.scale)
+        return Situation(world.costs, world.cluster, demand, question.residence), subject
+    if subject.role is Role.COLOCATED:
+        return Situation(world.costs, None, world.demand(question.whose, None), question.residence), Plan((subject,))
+    apart = prefill_apart if subject.role is Role.PREFILL else decode_apart
+    plan, costs = apart(world.costs, subject)
+    return Situation(costs, None, world.demand(question.whose, subject.role), question.residence), plan

@@ -1,0 +1,184 @@
+"""What no deployment can do better than, said without simulating: the search leaves out what these rule out, and
+nothing else may be left out for good. Knows costs in closed form, no scheduler.
+
+**Work.** In steady state an instance is busy at most all the time, and serves at least the goal's share of what comes
+(what it never serves meets nothing). So with `w` the least seconds of its busiest stage that a mean request can take,
+
+    rate <= instances / (goal * w)
+
+Prefill. A step of prompts takes, by any of its lines, base + per_token * sum(n) + per_square * sum(n^2), and holds at
+most B sequences and max(Lm, longest prompt) tokens, so that a mean request shares its base with so many at most:
+
+    w >= base * max(1 / B, E[n] / max(Lm, longest)) + per_token * E[n] + per_square * E[n^2]
+
+Decode. A step of b sequences takes base + per_context * context + per_sequence * b. Its contexts fit the KV memory (T
+tokens), and b <= B. Of a request's o - 1 steps with contexts c: at least (o - 1) / B steps' bases, and sum(c) / T:
+
+    w >= base * max(E[o - 1] / B, E[sum(c)] / T) + per_context * E[sum(c)] + per_sequence * E[o - 1]
+
+where a step's line depends on its batch, the least over all lines (each with the B up to which it holds): a mean over
+steps of different lines is not below the least of them.
+
+Colocated. A mixed step is not shorter than its prompts' products alone, nor than its decodes alone: the larger of both.
+
+**Light load.** A request is never quicker than alone: a batch with it computes at least its own tokens and reads at
+least its own context. Where fewer than the goal's share meet their targets alone, no rate is attained.
+
+Measured points beside the formulas count with the least of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from distserve.costs.base import Costs
+from distserve.costs.latency import DecodeLine, Latency
+from distserve.plan import InstanceSpec, Role
+from distserve.planner.demand import Demand
+from distserve.traces import Arrival
+
+_SAMPLE = 2000  # requests that light load is looked at for
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means of a workload's lengths."""
+
+    demand: Demand
+
+    @cached_property
+    def prompt(self) -> float:
+        return self.demand.workload.mean_prompt_tokens
+
+    @cached_property
+    def prompt_squares(self) -> float:
+        requests = self.demand.workload.arrivals
+        return sum(r.prompt_tokens**2 for r in requests) / len(requests)
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        return max(r.prompt_tokens for r in self.demand.workload)
+
+    @cached_property
+    def longest(self) -> int:
+        """Prompt and answer."""
+        return max(r.prompt_tokens + r.output_tokens for r in self.demand.workload)
+
+    @cached_property
+    def steps(self) -> float:
+        """Decode steps of a request."""
+        return self.demand.workload.mean_output_tokens - 1
+
+    @cached_property
+    def contexts(self) -> float:
+        """Their contexts, summed."""
+        requests = self.demand.workload.arrivals
+        steps = ((r.output_tokens - 1) * (r.prompt_tokens + r.output_tokens / 2) for r in requests)
+        return sum(steps) / len(requests)
+
+    @cached_property
+    def sample(self) -> tuple[Arrival, ...]:
+        """Every so many-th request by length, so that each application keeps its share."""
+        ordered = sorted(self.demand.workload, key=lambda r: (r.app, r.prompt_tokens, r.output_tokens))
+        return tuple(ordered[:: max(1, len(ordered) // _SAMPLE)])
+
+
+class Bounds:
+    """Of instances under one demand."""
+
+    def __init__(self, costs: Costs, demand: Demand) -> None:
+        self.moments = Moments(demand)
+        self._costs = costs
+        self._demand = demand
+        self._most: dict[tuple[Role, int, int], float] = {}
+
+    def fits(self, tp: int, pp: int) -> bool:
+        """Whether the longest request's KV fits an instance."""
+        engine = self._costs.engine
+        return self._costs.kv_blocks(tp, pp) * engine.block_size >= self.moments.longest
+
+    def most(self, spec: InstanceSpec) -> float:
+        """Requests/s that one instance can attain the goal for at most; 0: not even one now and then."""
+        key = (spec.role, spec.tp, spec.pp)
+        if key not in self._most:
+            latency = self._costs.latency(spec.tp, spec.pp)
+            seconds = 0.0
+            if spec.role is not Role.DECODE:
+                seconds = self._prompt_seconds(latency, spec.role)
+            if spec.role is not Role.PREFILL:
+                seconds = max(seconds, self._decode_seconds(latency, spec))
+            possible = self.alone(spec) >= self._demand.goal
+            self._most[key] = 1 / (self._demand.goal * max(seconds, 1e-9)) if possible else 0.0
+        return self._most[key]
+
+    def alone(self, spec: InstanceSpec) -> float:
+        """The share of requests that meet their targets on an idle instance; of the application that does worst."""
+        latency = self._costs.latency(spec.tp, spec.pp)
+        met: dict[str, list[bool]] = {}
+        for request in self.moments.sample:
+            slo = self._demand.targets.of(request.app)
+            good = True
+            if slo.ttft is not None and spec.role is not Role.DECODE:
+                good = self._costs.engine.request + latency.prompts([request.prompt_tokens]) <= slo.ttft
+            if good and slo.tpot is not None and request.output_tokens > 1 and spec.role is not Role.PREFILL:
+                good = self.token_alone(latency, request) <= slo.tpot
+            met.setdefault(request.app, []).append(good)
+        return min(sum(mine) / len(mine) for mine in met.values())
+
+    def token_alone(self, latency: Latency, request: Arrival) -> float:
+        """Least mean seconds of a decode step of it: its mean context, with whatever batch is quickest."""
+        context = request.prompt_tokens + request.output_tokens / 2
+        return min(latency.decodes(line.from_batch, context) for line in latency.coefficients.decode)
+
+    def stay(self, spec: InstanceSpec) -> float:
+        """Seconds that a mean request stays in an instance under load, about: as long as its targets allow, at most
+        four times as long as alone."""
+        latency, moments = self._costs.latency(spec.tp, spec.pp), self.moments
+        mean = max(1, round(moments.prompt))
+        prompt = latency.prompts([mean]) if spec.role is not Role.DECODE else 0.0
+        alone = latency.decodes(1, moments.prompt + moments.steps / 2) * moments.steps
+        slos = [self._demand.targets.of(app) for app in self._demand.apps]
+        allowed = max(4.0 * alone if slo.tpot is None else slo.tpot * moments.steps for slo in slos)
+        decode = min(4.0 * alone, max(alone, allowed)) if spec.role is not Role.PREFILL else 0.0
+        return 4.0 * prompt + decode
+
+    def _prompt_seconds(self, latency: Latency, role: Role) -> float:
+        engine, moments = self._costs.engine, self.moments
+        knee = latency.knee()
+        if role is Role.PREFILL:
+            tokens, sequences = engine.prefill_batch_tokens or knee, engine.prefill_batch_size
+        else:
+            tokens = max(engine.chunk_tokens or knee, engine.colocated_batch_tokens or knee, engine.decode_batch_size)
+            sequences = engine.decode_batch_size
+        tokens = max(tokens, moments.longest_prompt)
+        shared = max(1 / sequences, moments.prompt / tokens)
+        least = min([0.0, *(y for _, points in latency.coefficients.prefill_rest for _, y in points)])
+        squares = min(line.per_square for line in latency.coefficients.prefill)
+        return latency.share * max(
+            max(0.0, line.base + least) * shared
+            + line.per_token * moments.prompt
+            + (line.per_square if role is Role.PREFILL else max(0.0, squares)) * moments.prompt_squares
+            for line in latency.coefficients.prefill
+        )
+
+    def _decode_seconds(self, latency: Latency, spec: InstanceSpec) -> float:
+        engine, lines = self._costs.engine, latency.coefficients.decode
+        memory = self._costs.kv_blocks(spec.tp, spec.pp) * engine.block_size
+        least = min([0.0, *(y for _, points in latency.coefficients.decode_rest for _, y in points)])
+        found = []
+        for at, line in enumerate(lines):
+            until = lines[at + 1].from_batch - 1 if at + 1 < len(lines) else engine.decode_batch_size
+            batch = min(until, engine.decode_batch_size)
+            if at == 0 or line.from_batch <= engine.decode_batch_size:
+                found.append(self._line_seconds(line, max(1, batch), memory, least))
+        return latency.share * min(found)
+
+    def _line_seconds(self, line: DecodeLine, batch: int, memory: int, least: float) -> float:
+        moments = self.moments
+        steps = max(moments.steps / batch, moments.contexts / memory)
+        return (
+            max(0.0, line.base + least) * steps
+            + line.per_context * moments.contexts
+            + line.per_sequence * moments.steps
+        )

@@ -1,0 +1,287 @@
+"""The search: which deployment meets a rate with the fewest devices, or the highest rate with the devices that there
+are. Knows no file and no screen.
+
+It follows DistServe (OSDI'24, section 4): phases are looked at apart, and what they need is put together, for nodes
+with fast links between them (Algorithm 1) or inside nodes only (Algorithm 2). What is beyond the paper: whatever is put
+together is judged whole (joint attainment, router, transfers), every ratio of prefill to decode instances is a
+candidate, and so are colocated instances.
+
+    for T = 1, 2, 3, ... devices
+        all deployments of T devices  --bounds.py-->  those that arithmetic does not rule out
+                                      --phases apart, simulated-->  those whose phases attain the rate
+                                      --whole, simulated-->  the answers
+
+so that the first T with an answer is the least there is. Nothing is left out because it looks bad, only because of
+
+    bounds      no deployment does better (the argument stands in bounds.py)
+    phases      no deployment attains more than its prefill side or its decode side alone (phases.py), and what one
+                answer says of others (known.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from distserve.plan import InstanceSpec, Plan, Role
+from distserve.planner.ask import Climb, Question, World, ask, climb
+from distserve.planner.bounds import Bounds
+from distserve.planner.candidates import (
+    Deployment,
+    colocated_spec,
+    decode_spec,
+    pairs_of,
+    policies,
+    prefill_spec,
+    shapes,
+    units,
+)
+from distserve.planner.goodput import QUICK, USUAL, Verdict
+from distserve.planner.jobs import Jobs
+from distserve.planner.known import CELL, Known
+from distserve.planner.pack import pack
+
+DISAGGREGATED = "disaggregated"
+COLOCATED = "colocated"
+KINDS = (DISAGGREGATED, COLOCATED)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A deployment that attains the goal."""
+
+    deployment: Deployment
+    plan: Plan  # with its seats
+    verdict: Verdict  # at the rate that was asked for, or for one copy at its share
+    goodput: float = 0.0  # requests/s of all of it; 0: not looked for
+
+    @property
+    def num_devices(self) -> int:
+        return self.deployment.num_devices
+
+
+class Search:
+    """Of one demand, with one algorithm."""
+
+    def __init__(
+        self,
+        world: World,
+        jobs: Jobs,
+        *,
+        whose: str = "",
+        low_affinity: bool = False,
+        max_devices: int | None = None,
+        known: Known | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.world = world
+        self.demand = world.demands[whose]
+        self.low_affinity = low_affinity
+        self.max_devices = min(max_devices or world.cluster.num_devices, world.cluster.num_devices)
+        self.known = known if known is not None else Known()
+        self.bounds = Bounds(world.costs, self.demand)
+        self.simulated = 0  # requests
+        self._jobs = jobs
+        self._whose = whose
+        self._say = say
+        self._shapes = shapes(world.costs, world.cluster, self.bounds.moments.longest, self.max_devices)
+        self._prefill = [s for s in self._shapes if self.bounds.most(prefill_spec(s, 1))]
+        self._decode = [s for s in self._shapes if self.bounds.most(decode_spec(s, 1))]
+        self._colocated = [s for s in self._shapes if self.bounds.most(InstanceSpec(Role.COLOCATED, s.tp, s.pp))]
+        self._units: list[Deployment] | None = None
+        self._climbed: set[InstanceSpec] = set()
+        self._judged: dict[tuple[Deployment, float], Verdict] = {}
+
+    # -- the two questions ---------------------------------------------------------------------------------------------
+
+    def fewest(self, rate: float, kinds: Iterable[str] = KINDS, *, least: int = 1) -> list[Found]:
+        """All deployments that attain the goal at `rate` with the fewest devices from `least` on; empty: none does."""
+        kinds = tuple(kinds)
+        for number in range(least, self.max_devices + 1):
+            found = self.with_devices(number, rate, kinds)
+            if found:
+                return found
+        return []
+
+    def with_devices(self, number: int, rate: float, kinds: Iterable[str] = KINDS) -> list[Found]:
+        """Those of exactly so many devices."""
+        kinds = tuple(kinds)
+        while True:
+            alive = [d for d in self.deployments(number, rate, kinds) if self._may(d, rate)]
+            open_questions = self._open(alive, rate)
+            if not open_questions:
+                break
+            self._settle(open_questions)
+        plans = {d: plan for d in alive if (plan := pack(d, self.world.cluster, self.world.model))}
+        alive = sorted(plans, key=lambda d: -self.promise(d))
+        if alive:
+            self._say(f"{number} devices: {len(alive)} candidates")
+        verdicts = self.judge(alive, rate)
+        return [Found(d, plans[d], verdict) for d, verdict in zip(alive, verdicts, strict=True) if verdict.attains]
+
+    def highest(self, kinds: Iterable[str] = KINDS, tolerance: float = 0.02) -> list[Found]:
+        """The deployments with the highest goodput, to this tolerance, with the devices that there are; best first.
+
+        Only those that leave no room for another instance: more instances attain no less."""
+        pool, best = self._largest(tuple(kinds)), list[Found]()
+        target, lost = 0.0, set[Deployment]()
+        while True:
+            alive = [d for d in pool if d not in lost and self.promise(d) > target]
+            head = sorted(alive, key=lambda d: -self.promise(d))[:8]
+            if not head:
+                return best
+            if wanted := self._open(head, target):
+                self._settle([(spec, 0.7 * self.bounds.most(spec) * spec.count) for spec, _ in wanted])
+                continue
+            chunk = [d for d in head if pack(d, self.world.cluster)][:4]
+            lost.update(chunk or head)
+            found = self._challengers(chunk, target)
+            best = sorted([*best, *self.raise_(found, 0.0)], key=lambda each: -each.goodput)
+            if best:
+                self._say(f"{best[0].goodput:.3g} requests/s with {best[0].deployment}")
+                target = best[0].goodput * (1 + tolerance)
+
+    def _challengers(self, deployments: list[Deployment], rate: float) -> list[Found]:
+        """Those that attain the goal at the rate."""
+        probe = rate or min((self.promise(d) for d in deployments), default=1.0) / 4
+        verdicts = self.judge(deployments, probe)
+        plans = [pack(d, self.world.cluster, self.world.model) for d in deployments]
+        return [
+            Found(d, plan, verdict)
+            for d, plan, verdict in zip(deployments, plans, verdicts, strict=True)
+            if plan and (verdict.attains or not rate)
+        ]
+
+    def _largest(self, kinds: tuple[str, ...]) -> list[Deployment]:
+        least = min(shape.num_ranks for shape in self._shapes)
+        found = []
+        for number in range(max(1, self.max_devices - least + 1), self.max_devices + 1):
+            found += list(self.deployments(number, 0.0, [kind for kind in kinds if not self._copied(kind)]))
+        most: dict[Deployment, Deployment] = {}  # one copy: all of them
+        for number in range(1, self.max_devices + 1):
+            for d in self.deployments(number, 0.0, [kind for kind in kinds if self._copied(kind)]):
+                one = replace(d, copies=1, groups=tuple(replace(spec, count=1) for spec in d.groups[: d.span == 0]))
+                most[one if not d.span else replace(d, copies=1)] = d
+        return found + list(most.values())
+
+    def _copied(self, kind: str) -> bool:
+        return kind == COLOCATED or self.low_affinity
+
+    # -- candidates ----------------------------------------------------------------------------------------------------
+
+    def deployments(self, number: int, rate: float, kinds: Iterable[str]) -> Iterator[Deployment]:
+        """Of exactly so many devices; what arithmetic rules out at once is left out already."""
+        for kind in kinds:
+            if kind == COLOCATED:
+                yield from self._colocations(number)
+            elif self.low_affinity:
+                yield from self._copies(number)
+            else:
+                yield from self._ratios(number, rate)
+
+    def _ratios(self, number: int, rate: float) -> Iterator[Deployment]:
+        for first in self._prefill:
+            least = rate / self.bounds.most(prefill_spec(first, 1))
+            for second in self._decode:
+                others = rate / self.bounds.most(decode_spec(second, 1))
+                if least * first.num_ranks + others * second.num_ranks > number:
+                    continue
+                for n, m in pairs_of(first, second, number):
+                    yield Deployment((prefill_spec(first, n), decode_spec(second, m)))
+
+    def _copies(self, number: int) -> Iterator[Deployment]:
+        if self._units is None:
+            allowed = [s for s in self._shapes if s in self._prefill or s in self._decode]
+            every = units(self.world.costs.spec, allowed, self.world.cluster, self.max_devices)
+            self._units = [u for u in every if all(self.bounds.most(spec) for spec in u.groups)]
+        for unit in self._units:
+            copies, rest = divmod(number, unit.num_devices)
+            if not rest:
+                yield replace(unit, copies=copies)
+
+    def _colocations(self, number: int) -> Iterator[Deployment]:
+        for shape in self._colocated:
+            count, rest = divmod(number, shape.num_ranks)
+            if not rest:
+                for policy in policies(self.world.costs, self.world.cluster):
+                    yield Deployment((colocated_spec(shape, count, policy),))
+
+    # -- what is ruled out ---------------------------------------------------------------------------------------------
+
+    def _may(self, deployment: Deployment, rate: float) -> bool:
+        share = rate / deployment.copies
+        return all(
+            self.bounds.most(spec) * spec.count >= share and self.known.attains(spec, share) is not False
+            for spec in deployment.groups
+        )
+
+    def promise(self, deployment: Deployment) -> float:
+        """Requests/s that it may attain at most, as far as is known."""
+        return deployment.copies * min(
+            min(self.bounds.most(spec) * spec.count, self.known.above(spec)) for spec in deployment.groups
+        )
+
+    def _open(self, alive: list[Deployment], rate: float) -> list[tuple[InstanceSpec, float]]:
+        """Phases that nothing is known of, at the rates at which they are needed."""
+        found: dict[InstanceSpec, float] = {}
+        for deployment in alive:
+            share = rate / deployment.copies
+            for spec in deployment.groups:
+                cell = replace(spec, count=min(spec.count, CELL))
+                if cell not in self._climbed and self.known.attains(spec, share) is None:
+                    found.setdefault(cell, share * cell.count / spec.count)
+        return list(found.items())
+
+    def _settle(self, wanted: list[tuple[InstanceSpec, float]]) -> None:
+        """Looks for the rates up to which phases attain the goal alone, roughly."""
+        climbs = []
+        for spec, rate in wanted:
+            self._climbed.add(spec)
+            most = self.bounds.most(spec) * spec.count
+            question = Question(spec, min(rate, most), self.bounds.stay(spec), self._whose, QUICK)
+            climbs.append(Climb(question, most, 0.08))
+        self._say(f"{len(climbs)} phases apart")
+        for (spec, _), verdicts in zip(wanted, self._jobs.map(climb, climbs), strict=True):
+            for verdict in verdicts:
+                self.simulated += verdict.requests
+                self.known.learn(spec, verdict.rate, verdict.attains)
+
+    # -- whole deployments ---------------------------------------------------------------------------------------------
+
+    def judge(self, deployments: list[Deployment], rate: float) -> list[Verdict]:
+        """Each as a whole at the rate; copies of a unit by one of them at its share: requests are spread evenly over
+        them, and KV stays in a unit."""
+        missing = [d for d in deployments if (d, rate) not in self._judged]
+        questions = [self.question(d, rate) for d in missing]
+        for deployment, verdict in zip(missing, self._jobs.map(ask, questions), strict=True):
+            self._judged[deployment, rate] = verdict
+            self.simulated += verdict.requests
+        return [self._judged[d, rate] for d in deployments]
+
+    def question(self, deployment: Deployment, rate: float) -> Question:
+        one = replace(deployment, copies=1)
+        plan = pack(one, self.world.cluster, self.world.model)
+        assert plan is not None, f"{deployment} was seated before"
+        return Question(plan, rate / deployment.copies, self.stay(deployment), self._whose, USUAL)
+
+    def stay(self, deployment: Deployment) -> float:
+        """Seconds that a request stays, about."""
+        groups = deployment.groups
+        if any(spec.role is Role.COLOCATED for spec in groups):
+            return max(self.bounds.stay(spec) for spec in groups)
+        return sum(self.bounds.stay(spec) for spec in groups)
+
+    def raise_(self, found: list[Found], rate: float, tolerance: float = 0.03) -> list[Found]:
+        """With the goodput of each, roughly; best first."""
+        climbs = []
+        for each in found:
+            copies = each.deployment.copies
+            most = max(self.promise(each.deployment) * 1.1, rate * 1.1)
+            question = self.question(each.deployment, rate * 1.1 or most * 0.7)
+            climbs.append(Climb(question, most / copies, tolerance))
+        answers = []
+        for each, verdicts in zip(found, self._jobs.map(climb, climbs), strict=True):
+            self.simulated += sum(verdict.requests for verdict in verdicts)
+            best = max((v.rate for v in verdicts if v.attains), default=rate / each.deployment.copies)
+            answers.append(replace(each, goodput=best * each.deployment.copies))
+        return sorted(answers, key=lambda each: -each.goodput / each.num_devices)

@@ -1,0 +1,124 @@
+"""What a person sees: where the search is, and the answer. Only reads; chooses nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from distserve.metrics import Summary
+from distserve.planner.answer import Alternative, Answer
+
+
+def say(message: str) -> None:
+    """A line of talk."""
+    print(f"distserve: {message}", file=sys.stderr)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is looked at, where that is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
+        task = bar.add_task("choosing a plan", total=None)
+        yield lambda text: bar.update(task, description=text)
+
+
+def show(answer: Answer, console: Console) -> None:
+    """One answer."""
+    title = f"{answer.plan.model} on {answer.cluster}, {answer.workload}"
+    console.print(f"[bold]{title}[/bold]", highlight=False)
+    for name, text in _lines(answer):
+        console.print(f"{name:<12}{text}", highlight=False)
+    console.print(_latencies(answer), highlight=False)
+    console.print(_seats(answer), highlight=False)
+    for note in answer.notes:
+        console.print(f"note: {note}", highlight=False, style="dim")
+
+
+def _lines(answer: Answer) -> Iterator[tuple[str, str]]:
+    goodput, report = answer.goodput, answer.report
+    yield "plan", f"{describe(answer)}, {answer.num_devices} devices"
+    sure = f"95% sure: {goodput.low:.3g} to {goodput.high:.3g}"
+    each = f"{answer.goodput_per_device:.3g} per device, at a goal of {answer.goal:.0%}"
+    yield "goodput", f"{goodput.rate:.3g} requests/s ({sure}), {each}"
+    rate = "at the goodput" if answer.rate is None else f"at {answer.rate:g} requests/s"
+    low, high = report.interval.joint
+    yield "attainment", f"{report.attainment.joint:.1%} {rate} (95% sure: {low:.1%} to {high:.1%})"
+    busy = ", ".join(f"{role} {share:.0%} busy" for role, share in answer.utilization.items())
+    yield "bottleneck", f"{answer.bottleneck}: beyond the goodput {answer.binding.upper()} is missed first ({busy})"
+    if answer.runner_up:
+        yield "runner-up", _alternative(answer.runner_up)
+    if answer.colocated:
+        yield "colocated", _alternative(answer.colocated)
+    yield "search", f"{answer.simulated:,} requests simulated in {answer.seconds:.1f} s; costs {answer.costs}"
+
+
+def describe(answer: Answer) -> str:
+    parts = []
+    for spec in answer.plan.instances:
+        pp = f" pp{spec.pp}" if spec.pp > 1 else ""
+        policy = f" ({spec.policy})" if spec.policy else ""
+        parts.append(f"{spec.count} {spec.role} tp{spec.tp}{pp}{policy}")
+    return " + ".join(parts)
+
+
+def _alternative(other: Alternative) -> str:
+    return f"{other.description}, {other.devices} devices: {other.loses}"
+
+
+def _latencies(answer: Answer) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    for column in ("", "mean", "p50", "p90", "p99", "target", "met"):
+        table.add_column(column, justify="left" if not column else "right")
+    report = answer.report
+    for name, summary, target, met in (
+        ("TTFT", report.ttft, report.slo.ttft, report.attainment.ttft),
+        ("TPOT", report.tpot, report.slo.tpot, report.attainment.tpot),
+    ):
+        table.add_row(name, *_summary(summary), _ms(target), "" if target is None else f"{met:.1%}")
+    for app, attainment in report.by_app.items():
+        slo = answer.targets.of(app)
+        table.add_row(f"app {app}", "", "", "", "", str(slo), f"{attainment.joint:.1%}")
+    split = answer.split
+    for name, value in (
+        ("queue", split.queue),
+        ("prefill", split.prefill),
+        ("pull waits", split.transfer_wait),
+        ("pull", split.transfer),
+        ("decode", split.decode),
+    ):
+        table.add_row(name, _ms(value))
+    return table
+
+
+def _summary(summary: Summary) -> tuple[str, ...]:
+    return tuple(_ms(value) for value in (summary.mean, summary.p50, summary.p90, summary.p99))
+
+
+def _seats(answer: Answer) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    for column in ("instance", "tp", "pp", "devices"):
+        table.add_column(column)
+    for replica in answer.plan.replicas():
+        stages = [
+            " ".join(replica.devices[stage * replica.spec.tp : (stage + 1) * replica.spec.tp])
+            for stage in range(replica.spec.pp)
+        ]
+        table.add_row(replica.name, str(replica.spec.tp), str(replica.spec.pp), " | ".join(stages))
+    return table
+
+
+def _ms(value: float | None) -> str:
+    """Milliseconds, three digits; this edge is the only place that leaves seconds."""
+    if value is None or value != value:
+        return "-"
+    return f"{value * 1000:.3g} ms" if value < 1 else f"{value * 1000:.0f} ms"
