@@ -23,10 +23,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from distserve.costs.latency import LEAST, Coefficients, DecodeLine, Points, PrefillLine, Rows
+from distserve.costs.latency import Coefficients, DecodeLine, Points, PrefillLine, Rows
 from distserve.errors import UsageError
 
 FEWEST = 3  # points of a line
+PROPORTION = 10  # a formula above so many times a point has nothing to do with it
 EXACT = 1e-6  # relative errors below this are rounding: no second line is drawn for them
 
 
@@ -249,7 +250,7 @@ def _enough(points: Sequence[object], what: str) -> None:
 
 
 def _check(point: PromptPoint | DecodePoint, formula: float, what: str) -> None:
-    if not 0 < formula <= point.seconds / LEAST:
+    if not 0 < formula <= PROPORTION * point.seconds:
         raise UsageError(
             f"a step of {what} took {point.seconds:g} seconds, and the formula says {formula:g}: the points contradict "
             f"each other or it; measure again"

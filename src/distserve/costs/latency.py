@@ -61,9 +61,7 @@ Points = tuple[tuple[float, float], ...]  # (x, y) by x
 # (key, points) by key. Two rows may have one key: the first ends what lies below it, the second begins what lies above.
 Rows = tuple[tuple[float, Points], ...]
 EVER = float("inf")
-LEAST = (
-    0.1  # of the formula: no rest makes a step of prompts shorter than that (between points; `fit.py` sees to points)
-)
+LEAST = 1e-6  # of the formula: no prompts take less, whatever the rest says of their neighbours
 
 
 class Table:
