@@ -33,6 +33,8 @@ NOUNS = {
     "catalogue",
     "cluster",
     "knee",
+    "outputs",
+    "tables",
 }
 
 # room: (rooms and modules it may import beside itself and the nouns it may use, those nouns)

@@ -16,6 +16,7 @@ from distserve.bench.command import bench
 from distserve.errors import DistserveError, UsageError
 from distserve.planner.command import plan
 from distserve.serve.command import serve
+from distserve.sim.command import simulate
 
 app = typer.Typer(
     name="distserve",
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(bench)
+app.command()(simulate)
 app.command()(plan)
 
 

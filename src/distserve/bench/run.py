@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
+import io
 import math
-import os
 import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,6 +26,8 @@ from distserve.bench.load import Load, Run, lateness
 from distserve.bench.options import BenchOptions
 from distserve.errors import UsageError
 from distserve.metrics import Report
+from distserve.outputs import check_writable, write_json, write_text
+from distserve.tables import show_report, show_sweep
 from distserve.traces import Arrival
 from distserve.workload import Workload
 
@@ -69,12 +69,8 @@ def _check(options: BenchOptions, workload: Workload) -> None:
     """Refuses before any load what would only fail after it."""
     if not options.rates and not workload.timed:
         raise UsageError(f"{workload.name} has no arrival times: give --rate R (requests a second)")
-    for option, path in (("--requests-out", options.requests_out), ("--json", options.json_out)):
-        if path is not None and path != "-":
-            folder = Path(path).parent
-            target = Path(path) if Path(path).exists() else folder
-            if not folder.is_dir() or Path(path).is_dir() or not os.access(target, os.W_OK):
-                raise UsageError(f"{option} {path}: cannot be written: name a file in a folder that is yours to write")
+    check_writable("--requests-out", options.requests_out)
+    check_writable("--json", options.json_out)
 
 
 def _draw(options: BenchOptions, workload: Workload, rate: float | None) -> Workload:
@@ -209,17 +205,12 @@ class _Bench:
         for outcome in self._outcomes:
             for warning in outcome.warnings:
                 show.say(f"warning: {warning}")
-            show.show_report(outcome.report, self._named(outcome), options.goal, console)
+            show_report(outcome.report, self._named(outcome), options.goal, console)
         goal = options.goal if options.goal is not None else 0.9
         goodput = _goodput([outcome.report for outcome in self._outcomes], goal)
         if len(options.rates) > 1:
-            show.show_sweep([outcome.report for outcome in self._outcomes], goodput, goal, console)
-        try:
-            self._write(goal, goodput)
-        except BrokenPipeError:
-            raise
-        except OSError as error:  # the disk is full: what was measured is on the screen at least
-            raise UsageError(f"cannot write {error.filename}: {error.strerror}") from None
+            show_sweep([outcome.report for outcome in self._outcomes], goodput, goal, console)
+        self._write(goal, goodput)
         if self._interrupted:
             return 130
         if self._dead:
@@ -236,17 +227,13 @@ class _Bench:
     def _write(self, goal: float, goodput: float) -> None:
         options = self._options
         if options.requests_out is not None:
-            with open(options.requests_out, "w", encoding="utf-8", newline="") as out:
-                records = sorted(self._outcomes[0].run.records, key=lambda record: record.arrival)
-                metrics.write_requests(records, out)
+            text = io.StringIO()
+            metrics.write_requests(sorted(self._outcomes[0].run.records, key=lambda record: record.arrival), text)
+            write_text(options.requests_out, text.getvalue())
         if options.json_out is not None:
             runs = [self._json(outcome) for outcome in self._outcomes]
             whole = runs[0] if len(options.rates) <= 1 else {"runs": runs, "goal": goal, "goodput": goodput}
-            text = json.dumps(whole, indent=2, allow_nan=False) + "\n"
-            if options.json_out == "-":
-                sys.stdout.write(text)
-            else:
-                Path(options.json_out).write_text(text, encoding="utf-8")
+            write_json(options.json_out, whole)
 
     def _json(self, outcome: Outcome) -> dict[str, Any]:
         options, run = self._options, outcome.run

@@ -317,9 +317,9 @@ class Instance:
         if batch.lockstep is not None and flight.remaining <= flight.times:
             end = batch.lockstep.ticks + flight.times
             while self._ends and self._ends[0][0] <= end:
-                known, _, sequence = heappop(self._ends)
-                if _is_true(known, sequence, batch.lockstep):
-                    ended.add(sequence.id)
+                known, _, member = heappop(self._ends)
+                if _is_true(known, member, batch.lockstep):
+                    ended.add(member.id)
         for sequence, n in batch.items[batch.num_lockstep :]:
             if sequence.target - sequence.num_tokens <= 1 and sequence.num_computed + n >= sequence.num_tokens:  # type: ignore[attr-defined]
                 ended.add(sequence.id)

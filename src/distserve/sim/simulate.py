@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs
 from distserve.errors import WorkloadError
-from distserve.metrics import SLO, Record, Report, default_warmup, report
+from distserve.metrics import SLO, Record, Report, Targets, default_warmup, report
 from distserve.plan import Plan
 from distserve.sched.policy import AdmissionPolicy
 from distserve.sim.instance import Trace, Usage
@@ -117,10 +117,20 @@ def summarize(
     workload: Workload,
     *,
     slo: SLO = ANY,
+    targets: Targets | None = None,
     warmup: float | None = None,
     seed: int | None = None,
 ) -> Report:
-    """See `simulate`."""
+    """See `simulate`. `targets`: of several applications, in place of one SLO."""
     if warmup is None:
         warmup = default_warmup(workload.span) if workload.rate is not None else 0.0
-    return report(run.records, slo, end=run.end, rate=workload.rate, devices=plan.num_devices, warmup=warmup, seed=seed)
+    return report(
+        run.records,
+        targets.default if targets is not None else slo,
+        end=run.end,
+        rate=workload.rate,
+        devices=plan.num_devices,
+        warmup=warmup,
+        seed=seed,
+        targets=targets,
+    )

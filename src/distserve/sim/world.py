@@ -64,7 +64,8 @@ class World:
         self._pulls = Pulls(self._links, self.events)
         self._seats = seating.seats
         self._routes: dict[tuple[str, str], Route] = {}
-        self._notes = list(seating.notes) if any(spec.role is Role.DECODE for spec in plan.instances) else []
+        pulls = any(spec.role is Role.DECODE for spec in plan.instances) and not self._engine.pull_bandwidth
+        self._notes = list(seating.notes) if pulls else []
         num_decode = sum(spec.count for spec in plan.instances if spec.role is Role.DECODE)
         num_first = sum(spec.count for spec in plan.instances) - num_decode
         for replica in plan.replicas():
