@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from tests.sched.support import Result, ids, run_step, shape
@@ -10,7 +11,7 @@ from distserve.sched.decode import DecodeScheduler
 from distserve.sched.policy import DecodePolicy
 
 
-def scheduler(num_blocks: int = 64, max_in_flight: int = 1, **policy: int) -> DecodeScheduler:
+def scheduler(num_blocks: int = 64, max_in_flight: int = 1, **policy: Any) -> DecodeScheduler:
     policy.setdefault("watermark_blocks", 0)
     return DecodeScheduler(BlockPool(num_blocks, 16), DecodePolicy(**policy), max_in_flight=max_in_flight)
 

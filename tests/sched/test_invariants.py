@@ -23,6 +23,7 @@ from distserve.sched.continuous import ContinuousScheduler
 from distserve.sched.decode import DecodeScheduler
 from distserve.sched.policy import ColocatedPolicy, DecodePolicy, PrefillPolicy
 from distserve.sched.prefill import PrefillScheduler
+from distserve.sched.turns import TurnsScheduler
 
 BLOCK_SIZE = 4
 TURNS = settings(
@@ -339,6 +340,18 @@ class DecodeMachine(ContinuousMachine):
         return any(s.state is State.RUNNING for s in self.auditor.live.values())
 
 
+class TurnsMachine(DecodeMachine):
+    """Micro-batches that keep their members; a turn may pass although somebody of another could run."""
+
+    def make(self, watermark: int) -> None:
+        super().make(watermark)
+        self.stages = max(2, self.stages)
+        self.scheduler = TurnsScheduler(self.pool, self.policy, max_in_flight=self.stages)
+
+    def _computable(self) -> bool:
+        return super()._computable() and not self.auditor.in_flight
+
+
 class ChunkedMachine(ContinuousMachine):
     policy = "chunked"
 
@@ -369,7 +382,8 @@ class PrefillFirstMachine(ChunkedMachine):
 # Hypothesis finds a short example of a failure but is slow; the same machines at random go through far more.
 
 MACHINES = {
-    machine.__name__: machine for machine in (PrefillMachine, DecodeMachine, ChunkedMachine, PrefillFirstMachine)
+    machine.__name__: machine
+    for machine in (PrefillMachine, DecodeMachine, TurnsMachine, ChunkedMachine, PrefillFirstMachine)
 }
 
 
