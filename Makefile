@@ -9,7 +9,7 @@ HUB := $(wildcard src/distserve/engine/hub.py)
 PEER := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench docs clean
+.PHONY: help setup demo test check format bench paper docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1|/' | \
@@ -38,6 +38,9 @@ bench: setup ## every benchmark; VLLM_PYTHON=path/to/python adds vLLM's column (
 	$(BIN)/python -m benchmarks.handoff
 	$(BIN)/python -m benchmarks.memory $(PEER)
 	$(BIN)/python -m benchmarks.startup $(PEER)
+
+paper: $(VENV)/.installed ## the paper's figures and tables, simulated beside its numbers: docs/guides/paper.md (minutes)
+	$(BIN)/python -m experiments $(ARGS)
 
 docs: ## check that links between the documents, and to files of the tree, resolve
 	$(BIN)/python -m pytest -q tests/test_repository.py
