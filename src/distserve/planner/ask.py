@@ -57,6 +57,16 @@ class Climb:
     question: Question  # at the rate to begin with
     most: float
     tolerance: float
+    step: float = 1.25  # from the first rate to the next
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """Whether at this rate, and if not, down to which (in such steps, so many at most)."""
+
+    question: Question
+    step: float = 1.2
+    times: int = 3
 
 
 def ask(world: World, question: Question) -> Verdict:
@@ -82,7 +92,21 @@ def climb(world: World, request: Climb) -> list[Verdict]:
         found.append(judge(situation, plan, rate, question.length, seed=question.seed, cancelled=cancelled))
         return found[-1].attains or cancelled()
 
-    highest_rate(attains, question.rate, most=request.most, tolerance=request.tolerance)
+    highest_rate(attains, question.rate, most=request.most, tolerance=request.tolerance, step=request.step)
+    return found
+
+
+def descend(world: World, request: Descent) -> list[Verdict]:
+    """Every verdict on the way."""
+    question = request.question
+    situation, plan = _situation(world, question)
+    found: list[Verdict] = []
+    rate = question.rate
+    for _ in range(request.times):
+        found.append(judge(situation, plan, rate, question.length, seed=question.seed, cancelled=cancelled))
+        if found[-1].attains or cancelled():
+            break
+        rate /= request.step
     return found
 
 

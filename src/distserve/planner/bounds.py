@@ -17,7 +17,17 @@ tokens), and b <= B. Of a request's o - 1 steps with contexts c: at least (o - 1
     w >= base * max(E[o - 1] / B, E[sum(c)] / T) + per_context * E[sum(c)] + per_sequence * E[o - 1]
 
 where a step's line depends on its batch, the least over all lines (each with the B up to which it holds): a mean over
-steps of different lines is not below the least of them.
+steps of different lines is not below the least of them. The host prepares one batch at a time; where there is one stage
+it does so while the device waits, so that its seconds are added to base and per_sequence.
+
+Memory. A sequence keeps its KV for as long as its token takes through all stages, at least
+pp * (stage(context C) + handover) + host = A + B * C in a batch of summed context C. All KV fits T at all times, so
+that with K = rate * E[sum(c)] the context that is computed each second, and N steps each second,
+
+    T  >=  sum over steps of C * (A + B * C)  >=  A * K + B * K^2 / N            (Cauchy-Schwarz)
+
+and N <= (1 - stage's per_context * K) / stage's base, because a stage computes one batch at a time. What K solves is
+the most. (With one stage this says the same as the line above; with several it says what their waits cost.)
 
 Colocated. A mixed step is not shorter than its prompts' products alone, nor than its decodes alone: the larger of both.
 
@@ -107,7 +117,7 @@ class Bounds:
             if spec.role is not Role.DECODE:
                 seconds = self._prompt_seconds(latency, spec.role)
             if spec.role is not Role.PREFILL:
-                seconds = max(seconds, self._decode_seconds(latency, spec))
+                seconds = max(seconds, self._decode_seconds(latency, spec), self._memory_seconds(latency, spec))
             possible = self.alone(spec) >= self._demand.goal
             self._most[key] = 1 / (self._demand.goal * max(seconds, 1e-9)) if possible else 0.0
         return self._most[key]
@@ -163,7 +173,7 @@ class Bounds:
         )
 
     def _decode_seconds(self, latency: Latency, spec: InstanceSpec) -> float:
-        engine, lines = self._costs.engine, latency.coefficients.decode
+        engine, moments, lines = self._costs.engine, self.moments, latency.coefficients.decode
         memory = self._costs.kv_blocks(spec.tp, spec.pp) * engine.block_size
         least = min([0.0, *(y for _, points in latency.coefficients.decode_rest for _, y in points)])
         found = []
@@ -172,7 +182,35 @@ class Bounds:
             batch = min(until, engine.decode_batch_size)
             if at == 0 or line.from_batch <= engine.decode_batch_size:
                 found.append(self._line_seconds(line, max(1, batch), memory, least))
-        return latency.share * min(found)
+        host = latency.decode_step
+        steps = max(moments.steps / engine.decode_batch_size, moments.contexts / memory)
+        prepared = host.per_step * steps + host.per_sequence * moments.steps
+        computed = latency.share * min(found)
+        return computed + prepared if latency.pp == 1 else max(computed, prepared)
+
+    def _memory_seconds(self, latency: Latency, spec: InstanceSpec) -> float:
+        """Least seconds a request for which there is memory."""
+        lines, host = latency.coefficients.decode, latency.decode_step
+        memory = self._costs.kv_blocks(spec.tp, spec.pp) * self._costs.engine.block_size
+        least = min([0.0, *(y for _, points in latency.coefficients.decode_rest for _, y in points)])
+        base = latency.share * max(0.0, least + min(line.base + line.per_sequence * line.from_batch for line in lines))
+        context = latency.share * min(line.per_context for line in lines)
+        held = latency.pp * (base + (latency.handover if latency.pp > 1 else 0.0)) + host.per_step
+        alone = host.per_step if latency.pp == 1 else 0.0  # the device waits for the host
+
+        def enough(rate: float) -> bool:
+            computed = rate * self.moments.contexts
+            free = 1 - context * computed
+            if free <= 0:
+                return False
+            squares = latency.pp * context * computed**2 * (base + alone) / free
+            return held * computed + squares <= memory
+
+        low, high = 0.0, 1 / max(1e-9, context * self.moments.contexts, held * self.moments.contexts / memory)
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if enough(middle) else (low, middle)
+        return 1 / max(high, 1e-9)
 
     def _line_seconds(self, line: DecodeLine, batch: int, memory: int, least: float) -> float:
         moments = self.moments

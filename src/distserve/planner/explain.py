@@ -63,9 +63,9 @@ def measure(jobs: Jobs, question: Question, copies: int, start: float, most: flo
     """(goodput of all copies with its interval, a verdict just beyond it): by bisection with each of several seeds.
 
     The interval is Student's over the seeds' goodputs, and at least as wide as the bisection is coarse."""
-    tolerance = 0.02
+    tolerance = 0.025
     base = replace(question, length=USUAL, rate=start)
-    climbs = [Climb(replace(base, seed=seed), most, tolerance) for seed in range(SEEDS)]
+    climbs = [Climb(replace(base, seed=seed), most, tolerance, step=1.05) for seed in range(SEEDS)]
     rates, requests, beyond = [], 0, []
     for verdicts in jobs.map(climb, climbs):
         rates.append(max((v.rate for v in verdicts if v.attains), default=0.0))

@@ -38,9 +38,9 @@ _LONGER = 2  # times that a run whose queues grow is repeated at twice the lengt
 class Length:
     """How long a run is, in residence times; and requests at least."""
 
-    warm: float = 2.5
-    counted: float = 6.0
-    requests: int = 1000  # counted
+    warm: float
+    counted: float
+    requests: int  # counted
     cool: float = 1.0
 
     def numbers(self, rate: float, residence: float) -> tuple[int, int, int]:
@@ -53,9 +53,9 @@ class Length:
         )
 
 
-QUICK = Length(1.5, 3.0, 400)  # to tell candidates apart
-USUAL = Length()
-FULL = Length(3.0, 8.0, 2500)  # to say a figure
+QUICK = Length(1.2, 2.0, 300)  # to tell candidates apart
+USUAL = Length(2.0, 5.0, 1000)
+FULL = Length(2.5, 8.0, 2500)  # to say a figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +263,13 @@ class Goodput:
     requests: int  # simulated for it
 
 
-def highest_rate(attains: Callable[[float], bool], start: float, *, most: float, tolerance: float = 0.02) -> float:
+def highest_rate(
+    attains: Callable[[float], bool], start: float, *, most: float, tolerance: float = 0.02, step: float = 1.25
+) -> float:
     """By bisection on the logarithm of the rate: `attains` is asked first at `start`, never above `most`. 0 where not
     even a hundredth of `start` attains."""
     low, high = 0.0, math.inf
-    rate, step = min(start, most), 1.25
+    rate = min(start, most)
     while high > low * (1 + tolerance):
         if attains(rate):
             low = rate

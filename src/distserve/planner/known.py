@@ -8,12 +8,12 @@ as they ever will, but for `_MORE`.
 
 from __future__ import annotations
 
-from distserve.plan import InstanceSpec, Role
+from distserve.plan import InstanceSpec, Policy, Role
 
 CELL = 4  # instances of a phase that are simulated together at most
 _MORE = 1.1
 
-_Shape = tuple[Role, int, int]
+_Shape = tuple[Role, int, int, Policy | None]
 
 
 class Known:
@@ -60,4 +60,4 @@ class Known:
 
 
 def _shape(spec: InstanceSpec) -> _Shape:
-    return spec.role, spec.tp, spec.pp
+    return spec.role, spec.tp, spec.pp, spec.policy

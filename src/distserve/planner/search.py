@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from distserve.plan import InstanceSpec, Plan, Role
-from distserve.planner.ask import Climb, Question, World, ask, climb
+from distserve.planner.ask import Climb, Descent, Question, World, ask, climb, descend
 from distserve.planner.bounds import Bounds
 from distserve.planner.candidates import (
     Deployment,
@@ -44,6 +44,7 @@ from distserve.planner.pack import pack
 DISAGGREGATED = "disaggregated"
 COLOCATED = "colocated"
 KINDS = (DISAGGREGATED, COLOCATED)
+_LENIENT = 0.97  # of the rate that is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Search:
         self._decode = [s for s in self._shapes if self.bounds.most(decode_spec(s, 1))]
         self._colocated = [s for s in self._shapes if self.bounds.most(InstanceSpec(Role.COLOCATED, s.tp, s.pp))]
         self._units: list[Deployment] | None = None
-        self._climbed: set[InstanceSpec] = set()
+        self._settled: set[tuple[InstanceSpec, float]] = set()
         self._judged: dict[tuple[Deployment, float], Verdict] = {}
 
     # -- the two questions ---------------------------------------------------------------------------------------------
@@ -222,29 +223,32 @@ class Search:
         )
 
     def _open(self, alive: list[Deployment], rate: float) -> list[tuple[InstanceSpec, float]]:
-        """Phases that nothing is known of, at the rates at which they are needed."""
+        """Phases that nothing is known of at the rates at which they are needed."""
         found: dict[InstanceSpec, float] = {}
         for deployment in alive:
             share = rate / deployment.copies
             for spec in deployment.groups:
                 cell = replace(spec, count=min(spec.count, CELL))
-                if cell not in self._climbed and self.known.attains(spec, share) is None:
-                    found.setdefault(cell, share * cell.count / spec.count)
+                if self.known.attains(spec, share) is None:
+                    needed = share * cell.count / spec.count
+                    if (cell, needed) not in self._settled:
+                        found[cell] = min(needed, found.get(cell, needed))
         return list(found.items())
 
     def _settle(self, wanted: list[tuple[InstanceSpec, float]]) -> None:
-        """Looks for the rates up to which phases attain the goal alone, roughly."""
-        climbs = []
+        """Asks whether phases attain the goal alone; where not, also at lower rates, because those will be asked for.
+
+        Asked at a little less than needed: a phase is ruled out for good, and by a short run."""
+        asked = []
         for spec, rate in wanted:
-            self._climbed.add(spec)
-            most = self.bounds.most(spec) * spec.count
-            question = Question(spec, min(rate, most), self.bounds.stay(spec), self._whose, QUICK)
-            climbs.append(Climb(question, most, 0.08))
-        self._say(f"{len(climbs)} phases apart")
-        for (spec, _), verdicts in zip(wanted, self._jobs.map(climb, climbs), strict=True):
+            self._settled.add((spec, rate))
+            question = Question(spec, rate * _LENIENT, self.bounds.stay(spec), self._whose, QUICK)
+            asked.append(Descent(question))
+        self._say(f"{len(asked)} phases apart")
+        for (spec, _), verdicts in zip(wanted, self._jobs.map(descend, asked), strict=True):
             for verdict in verdicts:
                 self.simulated += verdict.requests
-                self.known.learn(spec, verdict.rate, verdict.attains)
+                self.known.learn(spec, verdict.rate / _LENIENT, verdict.attains)
 
     # -- whole deployments ---------------------------------------------------------------------------------------------
 
@@ -272,16 +276,24 @@ class Search:
         return sum(self.bounds.stay(spec) for spec in groups)
 
     def raise_(self, found: list[Found], rate: float, tolerance: float = 0.03) -> list[Found]:
-        """With the goodput of each, roughly; best first."""
-        climbs = []
-        for each in found:
-            copies = each.deployment.copies
-            most = max(self.promise(each.deployment) * 1.1, rate * 1.1)
-            question = self.question(each.deployment, rate * 1.1 or most * 0.7)
-            climbs.append(Climb(question, most / copies, tolerance))
-        answers = []
-        for each, verdicts in zip(found, self._jobs.map(climb, climbs), strict=True):
-            self.simulated += sum(verdict.requests for verdict in verdicts)
-            best = max((v.rate for v in verdicts if v.attains), default=rate / each.deployment.copies)
-            answers.append(replace(each, goodput=best * each.deployment.copies))
-        return sorted(answers, key=lambda each: -each.goodput / each.num_devices)
+        """With the goodput of each, roughly; best first. A goodput below the best one's is a bound that is not reached."""
+        left = sorted(found, key=lambda each: -self.promise(each.deployment))
+        ranked: list[Found] = []
+        target = rate  # a device's share of it counts, but all have equally many, or it is the rate that counts
+        while left:
+            ranked.insert(0, self._climbed(left.pop(0), target, tolerance))
+            target = ranked[0].goodput * (1 + tolerance)
+            verdicts = self.judge([each.deployment for each in left], target)
+            below = [each for each, verdict in zip(left, verdicts, strict=True) if not verdict.attains]
+            left = [each for each in left if each not in below]
+            ranked += [replace(each, goodput=ranked[0].goodput) for each in below]
+        return ranked
+
+    def _climbed(self, each: Found, rate: float, tolerance: float) -> Found:
+        copies = each.deployment.copies
+        most = max(self.promise(each.deployment) * 1.1, rate * 1.1)
+        question = self.question(each.deployment, rate * 1.1 or most * 0.7)
+        [verdicts] = self._jobs.map(climb, [Climb(question, most / copies, tolerance, step=1.15)])
+        self.simulated += sum(verdict.requests for verdict in verdicts)
+        best = max((v.rate for v in verdicts if v.attains), default=rate / copies)
+        return replace(each, goodput=best * copies)
