@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import uvicorn
@@ -32,6 +32,28 @@ from distserve.serve.http.tokens import load_tokenizer
 TARGET = 30e-6  # seconds of CPU per streamed token, receiving included
 
 
+class Stream:
+    """One request's tokens, out of its queue; the last one says so."""
+
+    def __init__(self, queue: asyncio.Queue[list[Token]], num_tokens: int, on_close: Callable[[], object]) -> None:
+        self._queue = queue
+        self._left = num_tokens
+        self._on_close = on_close
+
+    def __aiter__(self) -> AsyncIterator[list[Token]]:
+        return self
+
+    async def __anext__(self) -> list[Token]:
+        if not self._left:
+            raise StopAsyncIteration
+        tokens = await self._queue.get()
+        self._left -= 1
+        return tokens if self._left else [Token(tokens[0].id, FinishReason.LENGTH)]
+
+    def close(self, finish: FinishReason | None = None) -> None:
+        self._on_close()
+
+
 class Source:
     """A generator whose streams all get a token at each tick, through a queue each, as the gateway's do."""
 
@@ -40,7 +62,6 @@ class Source:
         self.max_kv_tokens: int | None = None
         self._interval = interval
         self._tokens = [Token(id) for id in random.Random(0).choices(range(1000, vocab_size), k=4096)]
-        self._last = Token(1000, FinishReason.LENGTH)
         self._queues: dict[int, asyncio.Queue[list[Token]]] = {}
         self._ids = 0
         self._ticks = 0
@@ -55,15 +76,10 @@ class Source:
     def status(self) -> dict[str, Any]:
         return {"missing": []}
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[Token], None]:
+    def generate(self, request: Request) -> Stream:
         queue: asyncio.Queue[list[Token]] = asyncio.Queue()
         self._queues[request.id] = queue
-        try:
-            for _ in range(request.sampling.max_tokens - 1):
-                yield await queue.get()
-            yield [self._last]
-        finally:
-            del self._queues[request.id]
+        return Stream(queue, request.sampling.max_tokens, lambda: self._queues.pop(request.id, None))
 
     async def tick(self) -> None:
         while True:
@@ -103,8 +119,10 @@ def _bare(api: ASGIApp, source: Source) -> ASGIApp:
         body = json.loads((await receive())["body"])
         request = Request(source.next_id(), [1], SamplingParams(max_tokens=body["max_tokens"]))
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        async for _ in source.generate(request):
+        stream = source.generate(request)
+        async for _ in stream:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        stream.close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     return app
