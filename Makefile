@@ -42,6 +42,9 @@ bench: setup ## every benchmark; VLLM_PYTHON=path/to/python adds vLLM's column (
 paper: $(VENV)/.installed ## the paper's figures and tables, simulated beside its numbers: docs/guides/paper.md (minutes)
 	$(BIN)/python -m experiments $(ARGS)
 
+accuracy: $(VENV)/.installed ## simulate the real A100 runs again: docs/accuracy.md and its plots (a minute)
+	$(BIN)/python -m experiments.accuracy
+
 docs: ## check that links between the documents, and to files of the tree, resolve
 	$(BIN)/python -m pytest -q tests/test_repository.py
 

@@ -66,9 +66,9 @@ class Run:
         arrivals = tuple(Arrival(r.arrival, r.prompt_tokens, r.output_tokens) for r in self.records)
         return Workload(self.name, arrivals, timed=True)
 
-    def simulate(self, costs: ProfileCosts | None = None) -> Imagination:
-        """`costs`: None: the shipped ones."""
-        return imagine(self.plan(), self.workload(), costs or self.costs())
+    def simulate(self, costs: ProfileCosts | None = None, workload: Workload | None = None) -> Imagination:
+        """`costs`: None: the shipped ones. `workload`: None: the run's own."""
+        return imagine(self.plan(), workload or self.workload(), costs or self.costs())
 
 
 def _match(name: str) -> re.Match[str]:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from distserve.costs.profile import ProfileCosts
 from distserve.metrics import SLO, Record, Summary, attainment
+from distserve.workload import Workload
 from experiments.accuracy.runs import DATA, Run, real_runs
 
 SLOS = (SLO(0.2, 0.1), SLO(0.25, 0.1))
 MEAN_ERROR = 0.03  # of the attainments, at most
 WORST_ERROR = 0.08
 MEDIAN_ERROR = 0.08  # of each median, relative; DistServe's runs
-VLLM_MEDIAN_ERROR = 0.17  # of vLLM's: one of the three runs disagrees with the other two (evidence.py, `slowness`)
+VLLM_MEDIAN_ERROR = 0.17  # of vLLM's: one of the three runs disagrees with the other two (evidence.py, `Slowness`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,9 @@ class Score:
         return of.ttft[0] / self.real.ttft[0] - 1, of.tpot[0] / self.real.tpot[0] - 1
 
 
-def score(run: Run) -> Score:
-    """Simulates it."""
-    records = run.simulate().records
+def score(run: Run, costs: ProfileCosts | None = None, workload: Workload | None = None) -> Score:
+    """Simulates it. `costs`, `workload`: see `Run.simulate`."""
+    records = run.simulate(costs, workload).records
     return Score(run, Measured.of(run.records), Measured.of(records), published("sim")[run.name], records)
 
 
