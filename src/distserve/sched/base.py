@@ -130,6 +130,11 @@ class Sequence:
         self._scheduled = value
 
     @property
+    def clock(self) -> Clock | None:
+        """What it is in lockstep with."""
+        return self._clock
+
+    @property
     def in_lockstep(self) -> bool:
         return self._clock is not None
 

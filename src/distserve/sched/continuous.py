@@ -35,8 +35,8 @@ def _place(sequence: Sequence) -> int:
 class ContinuousScheduler(ABC):
     """All of `Scheduler` but `next_batch`, and the parts that one is made of.
 
-    `max_in_flight` batches may be in flight, one per pipeline stage; what runs is split over them evenly. Where it is
-    one, those that decode do so in lockstep.
+    `max_in_flight` batches may be in flight, one per pipeline stage. Those that decode do so in as many locksteps,
+    which take turns and are kept equally large.
     """
 
     def __init__(self, pool: BlockPool, *, max_batch_size: int, watermark_blocks: int, max_in_flight: int) -> None:
@@ -48,7 +48,9 @@ class ContinuousScheduler(ABC):
         self._sequences: dict[int, Sequence] = {}  # all that are here
         self._queue: list[tuple[int, Sequence]] = []  # heap by place: wait for blocks; aborted ones leave at the head
         self._running: list[Sequence] = []  # RUNNING, by place
-        self._lockstep = Lockstep(pool) if max_in_flight == 1 else None
+        self._locksteps = [Lockstep(pool) for _ in range(max_in_flight)]
+        self._turn = 0  # whose it is
+        self._formed: Lockstep | None = None  # of the batch that is being made
         self._loose: list[Sequence] = []  # those of the running that are not in lockstep, by place
         self._starved: Sequence | None = None  # the oldest of them that lacked a block in the last batch
         self._in_flight: deque[Batch] = deque()
@@ -76,9 +78,9 @@ class ContinuousScheduler(ABC):
     def next_batch(self, now: float) -> Batch | None: ...
 
     def repeats(self, batch: Batch) -> int:
-        if self._lockstep is None or self._loose or not 0 < batch.num_lockstep == len(batch.items):
+        if self._max_in_flight > 1 or self._loose or not 0 < batch.num_lockstep == len(batch.items):
             return 1
-        return self._lockstep.steps_with_room()
+        return self._locksteps[0].steps_with_room()
 
     def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
         first = self._in_flight.popleft()
@@ -101,8 +103,8 @@ class ContinuousScheduler(ABC):
         return outcome
 
     def _complete_lockstep(self, batch: Batch, ended: Collection[int], times: int, outcome: Outcome) -> None:
-        lockstep = self._lockstep
-        assert lockstep is not None
+        lockstep = batch.lockstep
+        assert isinstance(lockstep, Lockstep)
         longest = lockstep.advance(times)
         if lockstep.leaving:  # aborted in flight
             gone = {sequence.id for sequence in lockstep.leaving}
@@ -116,7 +118,7 @@ class ContinuousScheduler(ABC):
         else:
             outcome.sampled += [sequence for sequence, _ in batch.items[: batch.num_lockstep]]
         if ended or longest:
-            last = [found for i in ended if (found := self._sequences.get(i)) is not None and found.in_lockstep]
+            last = [found for i in ended if (found := self._sequences.get(i)) is not None and found.clock is lockstep]
             last += [sequence for sequence in longest if sequence.id not in ended]
             for sequence in sorted(last, key=_place):
                 self._finish(sequence, outcome)
@@ -158,49 +160,56 @@ class ContinuousScheduler(ABC):
     # The parts of a next_batch
 
     def _schedule_decodes(self, items: list[tuple[Sequence, int]]) -> list[Sequence]:
-        """Puts what decodes into `items`, oldest first. Returns the running sequences with more than one token to
-        compute, oldest first."""
+        """Puts the lockstep whose turn it is into `items`, oldest first. Returns the running sequences with more than
+        one token to compute, oldest first."""
         self._starved = None
-        lockstep = self._lockstep
-        if lockstep is None:
-            return self._schedule_each(items)
-        behind: list[Sequence] = []
-        for sequence in self._loose:
-            if sequence.num_tokens - sequence.num_computed == 1:
-                lockstep.join(sequence)
-            else:
-                behind.append(sequence)
-        self._loose = behind
+        share = -(-len(self._running) // self._max_in_flight)
+        for _ in self._locksteps:
+            lockstep = self._locksteps[self._turn]
+            self._turn = (self._turn + 1) % self._max_in_flight
+            if not lockstep.in_flight and self._form(lockstep, share, items):
+                break
+        return self._behind()
+
+    def _form(self, lockstep: Lockstep, share: int, items: list[tuple[Sequence, int]]) -> bool:
+        """Makes `lockstep` as large as its share and puts it into `items`; False: it is empty."""
+        if self._loose:
+            rest: list[Sequence] = []
+            for sequence in self._loose:
+                if (
+                    len(lockstep) < share
+                    and not sequence.scheduled
+                    and sequence.num_tokens - sequence.num_computed == 1
+                ):
+                    lockstep.join(sequence)
+                else:
+                    rest.append(sequence)
+            self._loose = rest
+        while len(lockstep) > share:
+            self._loosen(lockstep.items[-1][0])
         pool = self.pool
         for sequence in lockstep.needy():  # `_grow` preempts some, but only behind the one we are at
-            if not sequence.in_lockstep:
+            if sequence.clock is not lockstep:
                 continue
             if pool.num_free:
                 sequence.blocks += pool.allocate(1)
             elif not self._grow(sequence, sequence.num_tokens):
-                lockstep.leave(sequence)
-                insort(behind, sequence, key=_place)
+                self._loosen(sequence)
+        if not lockstep.items:
+            return False
         items += lockstep.items
-        lockstep.in_flight = bool(items)  # from here on nobody takes their blocks
-        return [sequence for sequence in behind if sequence.num_tokens - sequence.num_computed > 1]
+        lockstep.in_flight = True  # from here on nobody takes their blocks
+        self._formed = lockstep
+        return True
 
-    def _schedule_each(self, items: list[tuple[Sequence, int]]) -> list[Sequence]:
-        """`_schedule_decodes` of several batches, an even share in each."""
-        share = -(-len(self._running) // self._max_in_flight)
-        block_size = self.pool.block_size
-        behind: list[Sequence] = []
-        for sequence in self._running:  # `_grow` takes some out, but only behind the one we are at
-            if sequence.scheduled:
-                continue
-            num_tokens = sequence.num_tokens
-            if num_tokens - sequence.num_computed > 1:
-                behind.append(sequence)
-            elif len(items) < share and (
-                num_tokens <= len(sequence.blocks) * block_size or self._grow(sequence, num_tokens)
-            ):
-                sequence.scheduled = 1
-                items.append((sequence, 1))
-        return behind
+    def _behind(self) -> list[Sequence]:
+        return [s for s in self._loose if not s.scheduled and s.num_tokens - s.num_computed > 1]
+
+    def _loosen(self, sequence: Sequence) -> None:
+        """Takes it out of its lockstep; it goes on running."""
+        assert isinstance(sequence.clock, Lockstep)
+        sequence.clock.leave(sequence)
+        insort(self._loose, sequence, key=_place)
 
     def _schedule_behind(self, items: list[tuple[Sequence, int]], behind: list[Sequence], budget: int) -> int:
         """Puts chunks of `behind` into `items`, oldest first; returns what is left of `budget` (tokens)."""
@@ -232,9 +241,9 @@ class ContinuousScheduler(ABC):
             return None
         self._num_batches += 1
         batch = Batch(self._num_batches, items)
-        if items[0][0].in_lockstep:
-            assert self._lockstep is not None
-            batch.lockstep, batch.num_lockstep = self._lockstep, len(self._lockstep)
+        if self._formed is not None:
+            batch.lockstep, batch.num_lockstep = self._formed, len(self._formed)
+            self._formed = None
         self._in_flight.append(batch)
         return batch
 
@@ -285,9 +294,8 @@ class ContinuousScheduler(ABC):
 
     def _stop_running(self, sequence: Sequence) -> None:
         del self._running[bisect_left(self._running, sequence.place, key=_place)]
-        if sequence.in_lockstep:
-            assert self._lockstep is not None
-            self._lockstep.leave(sequence)
+        if isinstance(sequence.clock, Lockstep):
+            sequence.clock.leave(sequence)
         else:
             del self._loose[bisect_left(self._loose, sequence.place, key=_place)]
 

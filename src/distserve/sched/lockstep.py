@@ -77,18 +77,20 @@ class Lockstep:
     def advance(self, times: int) -> list[Sequence]:
         """`times` steps in a row are over (`steps_with_room` at most). Returns those that can grow no further: all
         blocks there are hold them, and not one token more."""
-        pool = self._pool
+        pool, dues = self._pool, self._due
+        block_size, size = pool.block_size, len(dues)
         for _ in range(times - 1):
             self.ticks += 1
-            for sequence in self.needy():
-                sequence.blocks += pool.allocate(1)
+            for sequence in dues[self.ticks % size]:
+                if sequence.num_tokens > len(sequence.blocks) * block_size:
+                    sequence.blocks += pool.allocate(1)
         self.ticks += 1
         self.in_flight = False
         self.joined.clear()
         capacity = pool.capacity
         if self._longest + self.ticks <= capacity:
             return []
-        return [sequence for sequence in self._due[self.ticks % len(self._due)] if sequence.num_tokens > capacity]
+        return [sequence for sequence in dues[self.ticks % size] if sequence.num_tokens > capacity]
 
     def steps_with_room(self) -> int:
         """How many steps in a row all members can take with the blocks that are free; the next one has its own."""

@@ -25,8 +25,6 @@ class TurnsScheduler(DecodeScheduler):
     def __init__(self, pool: BlockPool, policy: DecodePolicy, *, max_in_flight: int = 1) -> None:
         assert max_in_flight > 1, "one micro-batch has no turns to take"
         super().__init__(pool, policy, max_in_flight=max_in_flight)
-        self._member: dict[int, int] = {}  # sequence id: its micro-batch
-        self._turn = 0
         self._turns: deque[int | None] = deque()  # of the batches in flight, by id; None: a turn that was passed
 
     def next_batch(self, now: float) -> Batch | None:
@@ -52,28 +50,11 @@ class TurnsScheduler(DecodeScheduler):
         return outcome
 
     def _batch_of(self, turn: int) -> Batch | None:
-        member, block_size = self._member, self.pool.block_size
         items: list[tuple[Sequence, int]] = []
-        behind: list[Sequence] = []
         self._starved = None
-        for sequence in self._running:
-            if member.setdefault(sequence.id, turn) != turn or sequence.scheduled:
-                continue
-            if sequence.num_tokens - sequence.num_computed > 1:
-                behind.append(sequence)
-            elif sequence.num_tokens <= len(sequence.blocks) * block_size or self._grow(sequence, sequence.num_tokens):
-                sequence.scheduled = 1
-                items.append((sequence, 1))
-        budget = self._schedule_behind(items, behind, self.policy.chunk_tokens)
+        lockstep = self._locksteps[turn]
+        assert not lockstep.in_flight, "a turn came again before its batch had come back"
+        self._form(lockstep, len(self._running), items)
+        budget = self._schedule_behind(items, self._behind(), self.policy.chunk_tokens)
         self._schedule_queued(items, budget)
-        for sequence, _ in items:
-            member.setdefault(sequence.id, turn)
         return self._launch(items)
-
-    def _preempt(self, victim: Sequence) -> None:
-        super()._preempt(victim)
-        self._member.pop(victim.id, None)
-
-    def _forget(self, sequence: Sequence) -> Sequence:
-        self._member.pop(sequence.id, None)
-        return super()._forget(sequence)

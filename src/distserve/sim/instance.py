@@ -22,6 +22,7 @@ from distserve.sched.base import Batch, Clock, Load, Outcome, PullingScheduler, 
 from distserve.sim.events import Events
 from distserve.sim.life import NEVER, Imagined
 
+_Ends = list[tuple[int, int, Imagined]]  # heap: tick at which one in lockstep ends, its id, itself
 Trace = Callable[[str, float, list[tuple[int, int]]], None]  # (instance, start, [(sequence, tokens)])
 
 
@@ -121,6 +122,8 @@ class Instance:
         self.usage = Usage()
         self.trace: Trace | None = None
         self._latency = latency
+        self._pp = latency.pp
+        self._stalls = engine.pulls_stall
         self._engine = engine
         self._events = events
         self._world = world
@@ -134,7 +137,7 @@ class Instance:
         self._stalled = False
         self._reports = reports
         self._report = scheduler.load()
-        self._ends: list[tuple[int, int, Imagined]] = []  # heap: tick at which one in lockstep ends
+        self._ends: dict[int, _Ends] = {}  # by id of a lockstep
 
     # -- what the world does to it -------------------------------------------------------------------------------------
 
@@ -148,7 +151,7 @@ class Instance:
         poll = self._engine.poll
         if poll and not self._flights and not self._stalled:
             self._wake(now + poll - (now - self._idle_since) % poll)
-        elif not (self._flights and self._engine.pulls_stall):
+        elif not (self._flights and self._stalls):
             self._kick(now)
 
     def pull_ended(self, sequence: Imagined, now: float) -> None:
@@ -196,7 +199,7 @@ class Instance:
             self._kick(now)
 
     def _kick(self, now: float) -> None:
-        while not self._stalled and len(self._flights) < self._latency.pp:
+        while not self._stalled and len(self._flights) < self._pp:
             if self._free > now:
                 self._wake(self._free)
                 return
@@ -208,7 +211,7 @@ class Instance:
                     self._idle_since = now
                 return
             self._launch(batch, now)
-        if self._pulls is not None and not self._engine.pulls_stall:
+        if self._pulls is not None and not self._stalls:
             self._start_pulls(self._pulls, now)
 
     def _start_pulls(self, scheduler: PullingScheduler, now: float) -> bool:
@@ -219,7 +222,7 @@ class Instance:
             assert isinstance(sequence, Imagined)
             sequence.life.pull_started = end
             seconds = self._world.start_pull(self, sequence, end)
-            if self._engine.pulls_stall:
+            if self._stalls:
                 end += seconds
         if end > now:
             self._stalled = True
@@ -231,7 +234,7 @@ class Instance:
         self._kick(now)
 
     def _launch(self, batch: Batch, now: float) -> None:
-        times = self.scheduler.repeats(batch) if self._latency.pp == 1 else 1
+        times = self.scheduler.repeats(batch) if self._pp == 1 else 1
         flight = self._bulk(batch, now, times) if times > 1 else self._single(batch, now)
         self._flights.append(flight)
         self._events.at(flight.end, self._ended, flight)
@@ -272,7 +275,7 @@ class Instance:
 
     def _next_end(self, lockstep: Clock) -> int:
         """Steps until the first of those in lockstep ends."""
-        ends, ticks = self._ends, lockstep.ticks
+        ends, ticks = self._ends.setdefault(id(lockstep), []), lockstep.ticks
         for sequence in lockstep.joined:
             assert isinstance(sequence, Imagined)
             heappush(ends, (ticks + sequence.target - sequence.num_tokens, sequence.id, sequence))
@@ -315,9 +318,9 @@ class Instance:
         """Who ends with this flight's last step."""
         batch, ended = flight.batch, set()
         if batch.lockstep is not None and flight.remaining <= flight.times:
-            end = batch.lockstep.ticks + flight.times
-            while self._ends and self._ends[0][0] <= end:
-                known, _, member = heappop(self._ends)
+            end, ends = batch.lockstep.ticks + flight.times, self._ends[id(batch.lockstep)]
+            while ends and ends[0][0] <= end:
+                known, _, member = heappop(ends)
                 if _is_true(known, member, batch.lockstep):
                     ended.add(member.id)
         for sequence, n in batch.items[batch.num_lockstep :]:
@@ -349,4 +352,4 @@ class Instance:
 
 def _is_true(end: int, sequence: Imagined, lockstep: Clock) -> bool:
     """Whether `sequence` still ends at tick `end`: it may have left since, and come back behind the others."""
-    return sequence.in_lockstep and sequence.target - sequence.num_tokens == end - lockstep.ticks
+    return sequence.clock is lockstep and sequence.target - sequence.num_tokens == end - lockstep.ticks
