@@ -50,7 +50,7 @@ class Answer:
     utilization: dict[str, float]  # by role: share of the time that its instances' first stages are busy
     split: Split  # of the mean request
     runner_up: Alternative | None
-    colocated: Alternative | None  # the best without disaggregation (with it, where the plan is colocated)
+    other_kind: Alternative | None  # the best without disaggregation; with it, where the plan is colocated
     notes: tuple[str, ...] = ()
     app: str = ""
     seconds: float = 0.0  # the search took
@@ -98,7 +98,7 @@ class Answer:
             "device": self.plan.device,
             "cluster": self.cluster,
             "workload": self.workload,
-            "app": self.app,
+            "app": self.app or None,
             "rate": self.rate,
             "slo": asdict(self.targets.default),
             "slo_by_app": {app: asdict(slo) for app, slo in self.targets.by_app},
@@ -115,7 +115,7 @@ class Answer:
             "split": asdict(self.split),
             "report": self.report.to_dict(),
             "runner_up": _alternative(self.runner_up),
-            "colocated": _alternative(self.colocated),
+            "disaggregated" if self.ratio is None else "colocated": _alternative(self.other_kind),
             "instances": [
                 {"name": replica.name, "role": str(replica.role), "tp": replica.spec.tp, "pp": replica.spec.pp}
                 | {"devices": list(replica.devices)}
@@ -124,6 +124,26 @@ class Answer:
             "notes": list(self.notes),
             "search": {"seconds": self.seconds, "simulated_requests": self.simulated},
             "plan": self.plan.to_toml(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Dedicated:
+    """A plan for each application: they need fewer devices together than one plan for all."""
+
+    answers: dict[str, Answer]  # by application
+    shared: Alternative | None  # what one plan for all would take; None: it does not attain the goals
+
+    @property
+    def num_devices(self) -> int:
+        return sum(answer.num_devices for answer in self.answers.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "devices": self.num_devices,
+            "apps": {app: answer.to_dict() for app, answer in self.answers.items()},
+            "shared": _alternative(self.shared),
         }
 
 

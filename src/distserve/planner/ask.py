@@ -24,16 +24,19 @@ class World:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        self._apart: dict[tuple[str, Role], Demand] = {}
+        self._made: dict[tuple[str, Role | None, float], Demand] = {}
 
-    def demand(self, whose: str, role: Role | None) -> Demand:
-        """What instances of this role alone see of it; None: a whole deployment."""
-        demand = self.demands[whose]
-        if role is None or role is Role.COLOCATED:
-            return demand
-        if (whose, role) not in self._apart:
-            self._apart[whose, role] = demand.of_prefill() if role is Role.PREFILL else demand.of_decode()
-        return self._apart[whose, role]
+    def demand(self, whose: str, role: Role | None, scale: float = 1.0) -> Demand:
+        """What instances of this role alone see of it (None, colocated: all), with targets `scale` times as long."""
+        key = (whose, role, scale)
+        if key not in self._made:
+            demand = self.demands[whose].scaled_targets(scale) if scale != 1.0 else self.demands[whose]
+            if role is Role.PREFILL:
+                demand = demand.of_prefill()
+            elif role is Role.DECODE:
+                demand = demand.of_decode()
+            self._made[key] = demand
+        return self._made[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +115,12 @@ def descend(world: World, request: Descent) -> list[Verdict]:
 
 def _situation(world: World, question: Question) -> tuple[Situation, Plan]:
     subject = question.subject
+    role = None if isinstance(subject, Plan) else subject.role
+    demand = world.demand(question.whose, role, question.scale)
     if isinstance(subject, Plan):
-        demand = world.demand(question.whose, None)
-        if question.scale != 1.0:
-            demand = demand.scaled_targets(question.scale)
         return Situation(world.costs, world.cluster, demand, question.residence), subject
-    if subject.role is Role.COLOCATED:
-        return Situation(world.costs, None, world.demand(question.whose, None), question.residence), Plan((subject,))
-    apart = prefill_apart if subject.role is Role.PREFILL else decode_apart
+    if role is Role.COLOCATED:
+        return Situation(world.costs, None, demand, question.residence), Plan((subject,))
+    apart = prefill_apart if role is Role.PREFILL else decode_apart
     plan, costs = apart(world.costs, subject)
-    return Situation(costs, None, world.demand(question.whose, subject.role), question.residence), plan
+    return Situation(costs, None, demand, question.residence), plan

@@ -13,16 +13,20 @@ from dataclasses import dataclass, replace
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs
 from distserve.errors import UsageError
+from distserve.plan import Role
 from distserve.planner.affinity import low_affinity
-from distserve.planner.answer import Alternative, Answer, InfeasibleError
+from distserve.planner.answer import Alternative, Answer, Dedicated, InfeasibleError
 from distserve.planner.ask import World
 from distserve.planner.demand import Demand
 from distserve.planner.explain import bottleneck, measure, portrait
 from distserve.planner.goodput import FULL
 from distserve.planner.jobs import Jobs
-from distserve.planner.search import Found, Search
+from distserve.planner.nearest import nearest
+from distserve.planner.pack import pack
+from distserve.planner.search import COLOCATED, DISAGGREGATED, Found, Search
 
 ALGORITHMS = ("auto", "high", "low")
+_RANKED = 6  # deployments of equally many devices whose goodput is compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +51,36 @@ class Wish:
             raise UsageError(f"--devices {self.max_devices} is too small: at least 1")
 
 
-def choose(wish: Wish, costs: Costs, say: Callable[[str], None] = lambda _: None) -> Answer:
-    """The best plan. Raises `InfeasibleError` where there is none, `UsageError` where the question has no sense."""
-    began = time.monotonic()
-    costs = over_links(costs)
-    world = World(costs, wish.cluster, {"": wish.demand}, wish.model)
+def choose(wish: Wish, costs: Costs, say: Callable[[str], None] = lambda _: None) -> Answer | Dedicated:
+    """The best plan. Several applications share instances or have their own, whichever needs fewer devices (of equals,
+    shared: a burst of one then finds room that another does not need). Raises `InfeasibleError` where there is none,
+    `UsageError` where the question has no sense."""
+    demand = wish.demand
+    demands = {"": demand} | ({app: demand.only(app) for app in demand.apps} if len(demand.apps) > 1 else {})
+    world = World(over_links(costs), wish.cluster, demands, wish.model)
     with Jobs(world, wish.jobs) as jobs:
-        answer = _Choice(wish, world, jobs, say).answer()
-    return replace(answer, seconds=time.monotonic() - began)
+        if len(demand.apps) == 1 or wish.rate is None:
+            return _Choice(wish, world, jobs, say).answer()
+        return _shared_or_not(wish, world, jobs, say)
+
+
+def _shared_or_not(wish: Wish, world: World, jobs: Jobs, say: Callable[[str], None]) -> Answer | Dedicated:
+    shared = _Choice(wish, world, jobs, say)
+    together = shared.search()
+    own = {app: _Choice(wish, world, jobs, say, app) for app in wish.demand.apps}
+    found = {app: choice.search() for app, choice in own.items()}
+    apart = sum(each[0].num_devices for each in found.values()) if all(found.values()) else 0
+    if not apart or (together and together[0].num_devices <= apart):
+        return shared.answer(together)
+    answers: dict[str, Answer] = {}
+    taken: list[str] = []
+    for app, choice in own.items():
+        plan = pack(found[app][0].deployment, wish.cluster, wish.model, taken=taken)
+        if plan is None:  # each fits the cluster, but not all together
+            return shared.answer(together)
+        answers[app] = replace(choice.answer(found[app][:1]), plan=plan)
+        taken += [device for replica in plan.replicas() for device in replica.devices]
+    return Dedicated(answers, shared.alternative(together[0], apart) if together else None)
 
 
 def over_links(costs: Costs) -> Costs:
@@ -67,62 +93,120 @@ def over_links(costs: Costs) -> Costs:
 
 
 class _Choice:
-    """One demand's."""
+    """Of all requests, or of one application's."""
 
-    def __init__(self, wish: Wish, world: World, jobs: Jobs, say: Callable[[str], None]) -> None:
-        low, self._why = low_affinity(world.costs, wish.cluster, wish.demand, wish.rate)
+    def __init__(self, wish: Wish, world: World, jobs: Jobs, say: Callable[[str], None], app: str = "") -> None:
+        self._began = time.monotonic()
+        self._wish, self._world, self._jobs, self._say, self._app = wish, world, jobs, say, app
+        self._demand = world.demands[app]
+        self._rate = None if wish.rate is None else wish.rate * (wish.demand.shares[app] if app else 1.0)
+        low, self._why = low_affinity(world.costs, wish.cluster, self._demand, self._rate)
         if wish.algorithm != "auto":
             low, self._why = wish.algorithm == "low", "as asked"
         self._algorithm = "low" if low else "high"
-        self._wish, self._world, self._jobs, self._say = wish, world, jobs, say
-        self._search = Search(world, jobs, low_affinity=low, max_devices=wish.max_devices, say=say)
+        self._search = self._searching()
 
-    def answer(self) -> Answer:
-        search, wish = self._search, self._wish
-        if wish.rate is None:
-            found = search.highest()
-        else:
-            found = search.fewest(wish.rate)
+    def _searching(self, scale: float = 1.0) -> Search:
+        return Search(
+            self._world,
+            self._jobs,
+            whose=self._app,
+            low_affinity=self._algorithm == "low",
+            max_devices=self._wish.max_devices,
+            scale=scale,
+            say=self._say,
+        )
+
+    def search(self) -> list[Found]:
+        return self._search.highest() if self._rate is None else self._search.fewest(self._rate)
+
+    def answer(self, found: list[Found] | None = None) -> Answer:
+        """Raises `InfeasibleError`."""
+        found = self.search() if found is None else found
         if not found:
+            at = "at any rate" if self._rate is None else f"at {self._rate:g} requests/s"
+            cure = nearest(self._jobs, self._app, self._demand, self._rate, self._searching)
             raise InfeasibleError(
-                f"no deployment of up to {search.max_devices} devices meets {wish.demand.targets} for "
-                f"{wish.demand.goal:.0%} of the requests"
+                f"no deployment of up to {self._search.max_devices} devices meets {self._demand.targets} for "
+                f"{self._demand.goal:.0%} of the requests {at}; {cure}"
             )
-        rate = wish.rate or found[0].goodput
-        ranked = search.raise_(found[:4], rate)
-        return self._explained(ranked[0], ranked[1:], rate)
+        ranked = found if self._rate is None else self._search.raise_(found[:_RANKED], self._rate)
+        return self._explained(ranked[0], ranked[1:])
 
-    def _explained(self, best: Found, others: list[Found], rate: float) -> Answer:
-        search, wish = self._search, self._wish
+    def _explained(self, best: Found, others: list[Found]) -> Answer:
+        search, rate = self._search, self._rate or best.goodput
         self._say(f"measuring {best.deployment}")
         question = replace(search.question(best.deployment, rate), length=FULL)
         copies = best.deployment.copies
         goodput, beyond = measure(self._jobs, question, copies, best.goodput / copies, 1.5 * best.goodput / copies)
         seen = portrait(self._world, question, copies)
+        runner_up, other_kind = self._others(best, others)
         return Answer(
             plan=best.plan,
             goodput=goodput,
-            rate=wish.rate,
+            rate=self._rate,
             report=seen.report,
-            targets=wish.demand.targets,
-            goal=wish.demand.goal,
+            targets=self._demand.targets,
+            goal=self._demand.goal,
             algorithm=self._algorithm,
-            workload=wish.demand.workload.name,
+            workload=self._demand.workload.name,
             costs=self._world.costs.name,
-            cluster=wish.cluster_name,
+            cluster=self._wish.cluster_name,
             binding=beyond.binding,
             bottleneck=bottleneck(beyond.binding, seen.utilization),
             utilization=seen.utilization,
             split=seen.split,
-            runner_up=self._alternative(others[0], best) if others else None,
-            colocated=None,
-            notes=(f"{self._algorithm} node affinity: {self._why}", *seen.notes),
+            runner_up=self._compared(runner_up, best) if runner_up else None,
+            other_kind=self._compared(other_kind, best) if other_kind else None,
+            notes=self._notes(seen.notes),
+            app=self._app,
+            seconds=time.monotonic() - self._began,
             simulated=search.simulated + goodput.requests,
-            best=tuple((str(f.deployment), f.plan) for f in [best, *others][:3]),
+            best=tuple((str(f.deployment), f.plan) for f in (best, *others, other_kind) if f)[:3],
         )
 
-    def _alternative(self, other: Found, best: Found) -> Alternative:
+    def _others(self, best: Found, others: list[Found]) -> tuple[Found | None, Found | None]:
+        """(the runner-up, the best of the other kind), with their goodputs."""
+        search = self._search
+        wanted = DISAGGREGATED if _kind(best) == COLOCATED else COLOCATED
+        other = next((each for each in others if _kind(each) == wanted), None)
+        if other is None and self._rate is None:
+            found = search.highest([wanted])
+            other = found[0] if found else None
+        elif other is None and self._rate is not None:
+            least = best.num_devices
+            found = search.fewest(self._rate, [wanted], least=least, most=3 * least, limit=4)
+            other = search.climbed(found[0], self._rate) if found else None
+        elif other is not None and self._rate is not None:
+            other = search.climbed(other, self._rate)
+        runner_up = others[0] if others else other
+        if runner_up is not None and runner_up is not other and self._rate is not None:
+            runner_up = search.climbed(runner_up, self._rate)
+        return runner_up, other
+
+    def _compared(self, other: Found, best: Found) -> Alternative:
+        more = other.num_devices - best.num_devices
         loss = 1 - other.goodput / other.num_devices / (best.goodput / best.num_devices)
-        return Alternative(
-            str(other.deployment), other.num_devices, other.goodput, f"{loss:.1%} less goodput per device"
-        )
+        words = [f"{more} more devices"] if more else []
+        words.append(f"{abs(loss):.1%} {'less' if loss >= 0 else 'more'} goodput per device")
+        return Alternative(str(other.deployment), other.num_devices, other.goodput, ", ".join(words))
+
+    def alternative(self, shared: Found, devices: int) -> Alternative:
+        """What a plan for all would take, beside `devices` of plans for each."""
+        more = shared.num_devices - devices
+        return Alternative(str(shared.deployment), shared.num_devices, self._rate or 0.0, f"{more} more devices")
+
+    def _notes(self, seen: tuple[str, ...]) -> tuple[str, ...]:
+        notes = [f"{self._algorithm} node affinity: {self._why}", *self._demand.workload.notes, *seen]
+        if self._wish.cluster.overrides:
+            notes.append("what the cluster says of single devices (overrides) is not planned for: all count as equal")
+        if self._algorithm == "low":
+            notes.append(
+                "KV stays inside nodes: a copy of the unit was simulated at its share of the requests, which needs a "
+                "router that hands over inside a node"
+            )
+        return tuple(dict.fromkeys(notes))
+
+
+def _kind(found: Found) -> str:
+    return DISAGGREGATED if found.deployment.count(Role.DECODE) else COLOCATED

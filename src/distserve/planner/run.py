@@ -16,7 +16,7 @@ from distserve.costs.choose import choose_costs
 from distserve.errors import UsageError
 from distserve.metrics import Targets
 from distserve.planner import show
-from distserve.planner.answer import Answer
+from distserve.planner.answer import Answer, Dedicated
 from distserve.planner.choose import Wish, choose
 from distserve.planner.demand import Demand
 from distserve.workload import Workload
@@ -67,16 +67,23 @@ def run(options: Options) -> int:
     except KeyboardInterrupt:
         show.say("stopped: no plan was chosen")
         return 130
-    show.show(answer, Console(stderr=options.json_out == "-", soft_wrap=True))
-    _write(options, answer)
+    console = Console(stderr=options.json_out == "-", soft_wrap=True)
+    answers = {"": answer} if isinstance(answer, Answer) else answer.answers
+    if isinstance(answer, Dedicated):
+        show.show_dedicated(answer, console)
+    for each in answers.values():
+        show.show(each, console)
+    _write(options, answer, answers)
     return 0
 
 
-def _write(options: Options, answer: Answer) -> None:
+def _write(options: Options, answer: Answer | Dedicated, answers: dict[str, Answer]) -> None:
     try:
         if options.out is not None:
-            options.out.write_text(answer.plan.to_toml(), encoding="utf-8")
-            show.say(f"wrote {options.out}")
+            for app, each in answers.items():
+                file = options.out.with_stem(f"{options.out.stem}.{app}") if app else options.out
+                file.write_text(each.plan.to_toml(), encoding="utf-8")
+                show.say(f"wrote {file}")
         if options.json_out is not None:
             text = json.dumps(answer.to_dict(), indent=2, allow_nan=False) + "\n"
             if options.json_out == "-":

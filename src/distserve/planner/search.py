@@ -72,18 +72,18 @@ class Search:
         whose: str = "",
         low_affinity: bool = False,
         max_devices: int | None = None,
-        known: Known | None = None,
+        scale: float = 1.0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.world = world
-        self.demand = world.demands[whose]
+        self.demand = world.demand(whose, None, scale)
         self.low_affinity = low_affinity
         self.max_devices = min(max_devices or world.cluster.num_devices, world.cluster.num_devices)
-        self.known = known if known is not None else Known()
+        self.known = Known()
         self.bounds = Bounds(world.costs, self.demand)
         self.simulated = 0  # requests
         self._jobs = jobs
-        self._whose = whose
+        self._whose, self._scale = whose, scale
         self._say = say
         self._shapes = shapes(world.costs, world.cluster, self.bounds.moments.longest, self.max_devices)
         self._prefill = [s for s in self._shapes if self.bounds.most(prefill_spec(s, 1))]
@@ -95,16 +95,19 @@ class Search:
 
     # -- the two questions ---------------------------------------------------------------------------------------------
 
-    def fewest(self, rate: float, kinds: Iterable[str] = KINDS, *, least: int = 1) -> list[Found]:
-        """All deployments that attain the goal at `rate` with the fewest devices from `least` on; empty: none does."""
+    def fewest(
+        self, rate: float, kinds: Iterable[str] = KINDS, *, least: int = 1, most: int | None = None, limit: int = 0
+    ) -> list[Found]:
+        """All deployments that attain the goal at `rate` with the fewest devices, from `least` on; empty: none does.
+        `limit` (0: none): so many of each number of devices are judged, the most promising."""
         kinds = tuple(kinds)
-        for number in range(least, self.max_devices + 1):
-            found = self.with_devices(number, rate, kinds)
+        for number in range(least, min(most or self.max_devices, self.max_devices) + 1):
+            found = self.with_devices(number, rate, kinds, limit)
             if found:
                 return found
         return []
 
-    def with_devices(self, number: int, rate: float, kinds: Iterable[str] = KINDS) -> list[Found]:
+    def with_devices(self, number: int, rate: float, kinds: Iterable[str] = KINDS, limit: int = 0) -> list[Found]:
         """Those of exactly so many devices."""
         kinds = tuple(kinds)
         while True:
@@ -115,10 +118,16 @@ class Search:
             self._settle(open_questions)
         plans = {d: plan for d in alive if (plan := pack(d, self.world.cluster, self.world.model))}
         alive = sorted(plans, key=lambda d: -self.promise(d))
+        alive = alive[:limit] if limit else alive
         if alive:
-            self._say(f"{number} devices: {len(alive)} candidates")
+            self._say(f"{number} devices: {len(alive)} deployments")
         verdicts = self.judge(alive, rate)
         return [Found(d, plans[d], verdict) for d, verdict in zip(alive, verdicts, strict=True) if verdict.attains]
+
+    @property
+    def smallest(self) -> int:
+        """Devices of the smallest instance that fits."""
+        return self._shapes[0].num_ranks
 
     def highest(self, kinds: Iterable[str] = KINDS, tolerance: float = 0.02) -> list[Found]:
         """The deployments with the highest goodput, to this tolerance, with the devices that there are; best first.
@@ -154,9 +163,8 @@ class Search:
         ]
 
     def _largest(self, kinds: tuple[str, ...]) -> list[Deployment]:
-        least = min(shape.num_ranks for shape in self._shapes)
         found = []
-        for number in range(max(1, self.max_devices - least + 1), self.max_devices + 1):
+        for number in range(max(1, self.max_devices - self.smallest + 1), self.max_devices + 1):
             found += list(self.deployments(number, 0.0, [kind for kind in kinds if not self._copied(kind)]))
         most: dict[Deployment, Deployment] = {}  # one copy: all of them
         for number in range(1, self.max_devices + 1):
@@ -242,7 +250,7 @@ class Search:
         asked = []
         for spec, rate in wanted:
             self._settled.add((spec, rate))
-            question = Question(spec, rate * _LENIENT, self.bounds.stay(spec), self._whose, QUICK)
+            question = Question(spec, rate * _LENIENT, self.bounds.stay(spec), self._whose, QUICK, scale=self._scale)
             asked.append(Descent(question))
         self._say(f"{len(asked)} phases apart")
         for (spec, _), verdicts in zip(wanted, self._jobs.map(descend, asked), strict=True):
@@ -266,7 +274,7 @@ class Search:
         one = replace(deployment, copies=1)
         plan = pack(one, self.world.cluster, self.world.model)
         assert plan is not None, f"{deployment} was seated before"
-        return Question(plan, rate / deployment.copies, self.stay(deployment), self._whose, USUAL)
+        return Question(plan, rate / deployment.copies, self.stay(deployment), self._whose, USUAL, scale=self._scale)
 
     def stay(self, deployment: Deployment) -> float:
         """Seconds that a request stays, about."""
@@ -276,12 +284,12 @@ class Search:
         return sum(self.bounds.stay(spec) for spec in groups)
 
     def raise_(self, found: list[Found], rate: float, tolerance: float = 0.03) -> list[Found]:
-        """With the goodput of each, roughly; best first. A goodput below the best one's is a bound that is not reached."""
+        """With the goodput of each, roughly; best first. Below the first it is a bound that is not reached."""
         left = sorted(found, key=lambda each: -self.promise(each.deployment))
         ranked: list[Found] = []
         target = rate  # a device's share of it counts, but all have equally many, or it is the rate that counts
         while left:
-            ranked.insert(0, self._climbed(left.pop(0), target, tolerance))
+            ranked.insert(0, self.climbed(left.pop(0), target, tolerance))
             target = ranked[0].goodput * (1 + tolerance)
             verdicts = self.judge([each.deployment for each in left], target)
             below = [each for each, verdict in zip(left, verdicts, strict=True) if not verdict.attains]
@@ -289,7 +297,8 @@ class Search:
             ranked += [replace(each, goodput=ranked[0].goodput) for each in below]
         return ranked
 
-    def _climbed(self, each: Found, rate: float, tolerance: float) -> Found:
+    def climbed(self, each: Found, rate: float, tolerance: float = 0.03) -> Found:
+        """With its goodput, looked for from `rate` on (0: wherever it is)."""
         copies = each.deployment.copies
         most = max(self.promise(each.deployment) * 1.1, rate * 1.1)
         question = self.question(each.deployment, rate * 1.1 or most * 0.7)

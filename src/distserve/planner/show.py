@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from distserve.metrics import Summary
-from distserve.planner.answer import Alternative, Answer
+from distserve.planner.answer import Alternative, Answer, Dedicated
 
 
 def say(message: str) -> None:
@@ -30,6 +30,13 @@ def progress() -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task("choosing a plan", total=None)
         yield lambda text: bar.update(task, description=text)
+
+
+def show_dedicated(answer: Dedicated, console: Console) -> None:
+    """What stands above the answers for each application."""
+    other = _alternative(answer.shared) if answer.shared else "does not attain the goals"
+    console.print(f"[bold]A plan for each application: {answer.num_devices} devices[/bold]", highlight=False)
+    console.print(f"shared      {other}\n", highlight=False)
 
 
 def show(answer: Answer, console: Console) -> None:
@@ -57,8 +64,8 @@ def _lines(answer: Answer) -> Iterator[tuple[str, str]]:
     yield "bottleneck", f"{answer.bottleneck}: beyond the goodput {answer.binding.upper()} is missed first ({busy})"
     if answer.runner_up:
         yield "runner-up", _alternative(answer.runner_up)
-    if answer.colocated:
-        yield "colocated", _alternative(answer.colocated)
+    if answer.other_kind:
+        yield "apart" if answer.ratio is None else "colocated", _alternative(answer.other_kind)
     yield "search", f"{answer.simulated:,} requests simulated in {answer.seconds:.1f} s; costs {answer.costs}"
 
 
