@@ -116,7 +116,7 @@ class ContinuousScheduler(ABC):
                 outcome.dropped.append(self._forget(sequence))
             lockstep.leaving.clear()
         else:
-            outcome.sampled += [sequence for sequence, _ in batch.items[: batch.num_lockstep]]
+            outcome.sampled += lockstep.members  # nobody has joined or left since the batch was made
         if ended or longest:
             last = [found for i in ended if (found := self._sequences.get(i)) is not None and found.clock is lockstep]
             last += [sequence for sequence in longest if sequence.id not in ended]
@@ -173,20 +173,18 @@ class ContinuousScheduler(ABC):
 
     def _form(self, lockstep: Lockstep, share: int, items: list[tuple[Sequence, int]]) -> bool:
         """Makes `lockstep` as large as its share and puts it into `items`; False: it is empty."""
+        members = lockstep.items
         if self._loose:
             rest: list[Sequence] = []
             for sequence in self._loose:
-                if (
-                    len(lockstep) < share
-                    and not sequence.scheduled
-                    and sequence.num_tokens - sequence.num_computed == 1
-                ):
+                ready = not sequence.scheduled and sequence.num_tokens - sequence.num_computed == 1
+                if ready and len(members) < share:
                     lockstep.join(sequence)
                 else:
                     rest.append(sequence)
             self._loose = rest
-        while len(lockstep) > share:
-            self._loosen(lockstep.items[-1][0])
+        while len(members) > share:
+            self._loosen(members[-1][0])
         pool = self.pool
         for sequence in lockstep.needy():  # `_grow` preempts some, but only behind the one we are at
             if sequence.clock is not lockstep:
@@ -195,14 +193,16 @@ class ContinuousScheduler(ABC):
                 sequence.blocks += pool.allocate(1)
             elif not self._grow(sequence, sequence.num_tokens):
                 self._loosen(sequence)
-        if not lockstep.items:
+        if not members:
             return False
-        items += lockstep.items
+        items += members
         lockstep.in_flight = True  # from here on nobody takes their blocks
         self._formed = lockstep
         return True
 
     def _behind(self) -> list[Sequence]:
+        if not self._loose:
+            return []
         return [s for s in self._loose if not s.scheduled and s.num_tokens - s.num_computed > 1]
 
     def _loosen(self, sequence: Sequence) -> None:
@@ -242,7 +242,7 @@ class ContinuousScheduler(ABC):
         self._num_batches += 1
         batch = Batch(self._num_batches, items)
         if self._formed is not None:
-            batch.lockstep, batch.num_lockstep = self._formed, len(self._formed)
+            batch.lockstep, batch.num_lockstep = self._formed, len(self._formed.items)
             self._formed = None
         self._in_flight.append(batch)
         return batch

@@ -9,7 +9,7 @@ A sequence needs a block every `block_size` steps, always at the same residue of
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 
 from distserve.sched.base import Sequence
 from distserve.sched.blocks import BlockPool
@@ -20,11 +20,12 @@ Item = tuple[Sequence, int]
 class Lockstep:
     """`items` are its batch: every member with one token, oldest first."""
 
-    __slots__ = ("_due", "_longest", "_pool", "_sum", "in_flight", "items", "joined", "leaving", "ticks")
+    __slots__ = ("_due", "_longest", "_pool", "_sum", "in_flight", "items", "joined", "leaving", "members", "ticks")
 
     def __init__(self, pool: BlockPool) -> None:
         self.ticks = 0  # steps completed
         self.items: list[Item] = []
+        self.members: list[Sequence] = []  # of `items`, in the same order
         self.joined: list[Sequence] = []  # since the last step
         self.in_flight = False
         self.leaving: list[Sequence] = []  # aborted in flight: the device writes to their blocks until the step is over
@@ -32,9 +33,6 @@ class Lockstep:
         self._sum = 0  # of each member's tokens less `ticks`
         self._longest = 0  # at least the most tokens less `ticks` of any member
         self._due: list[list[Sequence]] = [[] for _ in range(pool.block_size)]
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     @property
     def context(self) -> int:
@@ -47,7 +45,9 @@ class Lockstep:
         if not self.items:
             self._longest = offset
         sequence.enter(self)
-        insort(self.items, (sequence, 1), key=_place)
+        at = bisect_left(self.members, sequence.place, key=_place)
+        self.items.insert(at, (sequence, 1))
+        self.members.insert(at, sequence)
         self.joined.append(sequence)
         self._sum += offset
         self._longest = max(self._longest, offset)
@@ -58,7 +58,8 @@ class Lockstep:
         offset = sequence.num_tokens - self.ticks
         self._sum -= offset
         self._due[(1 - offset) % len(self._due)].remove(sequence)
-        del self.items[bisect_left(self.items, sequence.place, key=_place)]
+        at = bisect_left(self.members, sequence.place, key=_place)
+        del self.items[at], self.members[at]
         if self.in_flight:
             self.leaving.append(sequence)
         sequence.exit()
@@ -71,7 +72,7 @@ class Lockstep:
         block_size = self._pool.block_size
         needy = [sequence for sequence in due if sequence.num_tokens > len(sequence.blocks) * block_size]
         if len(needy) > 1:
-            needy.sort(key=_age)
+            needy.sort(key=_place)
         return needy
 
     def advance(self, times: int) -> list[Sequence]:
@@ -104,9 +105,5 @@ class Lockstep:
         return max(1, min(steps, self._pool.capacity - self._longest - self.ticks + 1))
 
 
-def _place(item: Item) -> int:
-    return item[0].place
-
-
-def _age(sequence: Sequence) -> int:
+def _place(sequence: Sequence) -> int:
     return sequence.place

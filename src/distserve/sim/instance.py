@@ -323,7 +323,8 @@ class Instance:
                 known, _, member = heappop(ends)
                 if _is_true(known, member, batch.lockstep):
                     ended.add(member.id)
-        for sequence, n in batch.items[batch.num_lockstep :]:
+        others = batch.items[batch.num_lockstep :] if batch.num_lockstep < len(batch.items) else ()
+        for sequence, n in others:
             if sequence.target - sequence.num_tokens <= 1 and sequence.num_computed + n >= sequence.num_tokens:  # type: ignore[attr-defined]
                 ended.add(sequence.id)
         return ended
