@@ -59,7 +59,6 @@ LIBRARIES = {
     "fastapi": {"serve"},
     "starlette": {"serve"},
     "uvicorn": {"serve"},
-    "zmq": {"serve", "transfer"},
     "aiohttp": {"bench"},
     "aiconfigurator_core": {"costs.aiconfigurator"},
     "typer": {"cli", "serve.command", "bench.command", "planner.command", "sim.command", "costs.command"},

@@ -25,7 +25,7 @@ class KVSource:
     epoch: int
     layout: KVLayout
     location: str  # for the transport: which memory (shm: "pid:fd:bytes")
-    notices: str  # ZeroMQ address that takes pulled notices
+    notices: str  # address that takes pulled notices
 
 
 @dataclass(frozen=True, slots=True)
