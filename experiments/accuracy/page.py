@@ -16,6 +16,7 @@ from experiments.accuracy.score import (
     Measured,
     Score,
     mean_and_worst,
+    score,
 )
 from experiments.accuracy.spans import Pace, Spans, alone, regress
 
@@ -56,6 +57,8 @@ def text(scores: Sequence[Score]) -> str:
         words.PACE,
         pace(),
         words.AFTER_PACE,
+        two_vllms(),
+        words.AFTER_TWO,
         "## Which runs the parameters were fitted on",
         words.FITTED,
         fits(),
@@ -264,6 +267,22 @@ def pace() -> str:
     )
     head = ["run", "whole run", *(f"{start}-{start + WINDOW} s" for start in starts)]
     return f"Fitted on {' and '.join(EQUAL)}: {formula}.\n\n{table(head, rows)}"
+
+
+def two_vllms() -> str:
+    """Each run with the habits of the vLLM that served it, and with the other's."""
+    rows = []
+    for run in real_runs().values():
+        if run.of_vllm:
+            for habits in sorted(variants.VLLMS, key=lambda habits: run.name not in habits.runs):
+                found = score(run, habits.costs())
+                own = "its own" if run.name in habits.runs else "the other's"
+                slowest = found.ours.ttft[1] / found.real.ttft[1] - 1, found.ours.tpot[1] / found.real.tpot[1] - 1
+                rows.append(
+                    [run.name, own, *map(points, found.errors()), *map(percent, (*found.median_errors(), *slowest))]
+                )
+    head = ["run", "host", *(f"attainment ({slo.ttft:g} s)" for slo in SLOS)]
+    return table([*head, "median TTFT", "median TPOT", "p90 TTFT", "p90 TPOT"], rows)
 
 
 def fits() -> str:

@@ -97,6 +97,39 @@ def _jitter(workload: Workload, seed: int) -> Workload:
 
 
 @dataclass(frozen=True, slots=True)
+class Habits:
+    """What one of the vLLMs behind the logs costs beside the device, in seconds."""
+
+    runs: tuple[str, ...]  # that it served; they were fitted on
+    request: float
+    prompt: Host
+    decode: Host
+    per_context: float  # of a decode step, for each token of context
+
+    def costs(self) -> ProfileCosts:
+        """With the device as the authors measured it, nothing scaled."""
+        shipped, raw = (Profile.load(name).contents for name in ("a100-80g-vllm", "a100-80g-vllm-raw"))
+        entry = raw.entries[MODEL][1, None]
+        decode = tuple(
+            line._replace(per_context=line.per_context + self.per_context) for line in entry.coefficients.decode
+        )
+        contents = replace(
+            raw,
+            engine=replace(shipped.engine, request=self.request, prompt_step=self.prompt, decode_step=self.decode),
+            accounting=replace(shipped.accounting, activation=ACTIVATION),
+            entries={MODEL: {(1, None): replace(entry, coefficients=replace(entry.coefficients, decode=decode))}},
+        )
+        return Profile("a100-80g-vllm refitted", contents).costs(MODEL)
+
+
+ACTIVATION = 0.103  # share of the memory; 56,496 tokens remain for KV
+VLLMS = (
+    Habits(("vllm-100-1", "vllm-300-3"), 0.007, Host(0.005, 17e-6), Host(0.004, 0.0, 225e-6), 0.26e-6),
+    Habits(("vllm-200-2",), 0.012, Host(0.006, 32e-6), Host(0.009, 0.0, 225e-6), 0.26e-6),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Fit:
     """Host time of decode steps, fitted on some runs."""
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import pytest
-from experiments.accuracy import score
+from experiments.accuracy import score, variants
+from experiments.accuracy.page import MAX_PADDING
 from experiments.accuracy.runs import real_runs
 from experiments.accuracy.score import Measured, Score, mean_and_worst
+from experiments.accuracy.spans import Spans
 
 RUNS = (
     "distserve-c21d11-300-3",
@@ -72,3 +75,32 @@ def test_closer_to_the_runs_than_upstreams_simulator() -> None:
     theirs = mean_and_worst(error for name in RUNS for error in scored(name).errors(scored(name).upstream))
     assert ours < theirs
     assert ours[1] < theirs[1]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("vllm")])
+def test_vllms_runs_with_the_host_that_served_them(name: str) -> None:
+    """What the shipped costs miss is the difference between two machines."""
+    (habits,) = (habits for habits in variants.VLLMS if name in habits.runs)
+    found = score.score(real_runs()[name], habits.costs())
+    assert mean_and_worst(found.errors())[0] <= score.MEAN_ERROR
+    assert mean_and_worst(found.median_errors())[1] <= score.MEDIAN_ERROR
+
+
+@pytest.mark.parametrize(("name", "limited"), [("vllm-100-1", True), ("vllm-200-2", False), ("vllm-300-3", True)])
+def test_the_logs_show_two_vllms(name: str, limited: bool) -> None:
+    """Which prompts were computed together: one of the servers knew no limit on padding."""
+    steps = Spans.real(real_runs()[name]).prompt_steps()
+    assert sum(len(step.lengths) for step in steps) == len(real_runs()[name].records)
+    assert (max(step.padding for step in steps) <= MAX_PADDING) is limited
+
+
+def test_prompt_steps_of_a_log_by_hand() -> None:
+    spans = Spans(
+        *(np.array(values, float) for values in ([0, 0.1, 0.1], [0.5, 0.7, 0.701], [1, 1, 2], [9, 5, 8], [4, 4, 4]))
+    )
+    assert [step.lengths for step in spans.prompt_steps()] == [(9,), (5, 8)]
+    assert [step.padding for step in spans.prompt_steps()] == [0, 3]
+    assert spans.prompt_steps()[1].seconds == pytest.approx(0.2)
+    assert spans.active(0.8) == 3
+    assert spans.waiting(0.6) == pytest.approx((2, 0.5))
+    assert spans.context(1.5) == pytest.approx(8 + 4 * (1.5 - 0.701) / (2 - 0.701), abs=1)
