@@ -198,7 +198,7 @@ class Latency:
     ) -> tuple[float, float]:
         """(host, each stage) in seconds for a step of any kind: `items`, and beside them so many sequences that decode,
         with so many tokens of context together."""
-        tokens, squares, batch, context = composition(items, self.padded)
+        tokens, squares, batch, context = composition(items, self.padded) if items else _NOTHING
         batch, context = batch + decoding, context + their_context
         if not tokens:
             step, seconds = self.decode_step, self.coefficients.decodes(batch, context)
@@ -242,6 +242,9 @@ class Latency:
 
     def _total(self, host: float, seconds: float) -> float:
         return host + self.pp * self._stage(seconds)
+
+
+_NOTHING = (0, 0, 0, 0)
 
 
 def composition(items: Sequence[tuple[Scheduled, int]], padded: bool = False) -> tuple[int, int, int, int]:

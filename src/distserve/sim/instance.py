@@ -48,6 +48,7 @@ class _Flight:
     growth: float = 0.0  # of each step over the one before
     prompts: bool = True  # somebody in it may get a first token
     remaining: int = 0  # steps until somebody ends; 0: not known
+    stage: float = 0.0  # seconds that each stage of a pipeline is busy with it
     void: bool = False  # cut short: another flight took its place
 
     def steps_by(self, now: float) -> int:
@@ -271,7 +272,7 @@ class Instance:
         time = self._free = now + host
         for i, free in enumerate(self._stages):
             time = self._stages[i] = max(time, free) + stage
-        return _Flight(batch, now, time, prompts=tokens > 0, remaining=remaining)
+        return _Flight(batch, now, time, prompts=tokens > 0, remaining=remaining, stage=stage)
 
     def _next_end(self, lockstep: Clock) -> int:
         """Steps until the first of those in lockstep ends."""
@@ -343,7 +344,7 @@ class Instance:
 
     def _count(self, flight: _Flight, times: int, end: float) -> None:
         """The first `times` steps of a flight are over."""
-        self.usage.busy += end - flight.start
+        self.usage.busy += end - flight.start if self._pp == 1 else flight.stage
         self.usage.steps += times
         if self.trace is not None:
             items = [(sequence.id, n) for sequence, n in flight.batch.items]
