@@ -29,7 +29,10 @@ that with K = rate * E[sum(c)] the context that is computed each second, and N s
 and N <= (1 - stage's per_context * K) / stage's base, because a stage computes one batch at a time. What K solves is
 the most. (With one stage this says the same as the line above; with several it says what their waits cost.)
 
-Colocated. A mixed step is not shorter than its prompts' products alone, nor than its decodes alone: the larger of both.
+Colocated. A mixed step is not shorter than its prompts' products alone, nor than its decodes alone: the larger of both;
+and it takes the attention of both beside the products of its prompts:
+
+    w >= per_token * E[n] + per_square * E[n^2] + per_context * E[sum(c)]
 
 **Light load.** A request is never quicker than alone: a batch with it computes at least its own tokens and reads at
 least its own context. Where fewer than the goal's share meet their targets alone, no rate is attained.
@@ -39,6 +42,7 @@ Measured points beside the formulas count with the least of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -118,6 +122,8 @@ class Bounds:
                 seconds = self._prompt_seconds(latency, spec.role)
             if spec.role is not Role.PREFILL:
                 seconds = max(seconds, self._decode_seconds(latency, spec), self._memory_seconds(latency, spec))
+            if spec.role is Role.COLOCATED:
+                seconds = max(seconds, self._mixed_seconds(latency))
             possible = self.alone(spec) >= self._demand.goal
             self._most[key] = 1 / (self._demand.goal * max(seconds, 1e-9)) if possible else 0.0
         return self._most[key]
@@ -142,15 +148,15 @@ class Bounds:
         return min(latency.decodes(line.from_batch, context) for line in latency.coefficients.decode)
 
     def stay(self, spec: InstanceSpec) -> float:
-        """Seconds that a mean request stays in an instance under load, about: as long as its targets allow, at most
-        four times as long as alone."""
+        """Seconds that a mean request stays in an instance under load, about: between alone and as long as its targets
+        allow (four times as long as alone, at most)."""
         latency, moments = self._costs.latency(spec.tp, spec.pp), self.moments
         mean = max(1, round(moments.prompt))
         prompt = latency.prompts([mean]) if spec.role is not Role.DECODE else 0.0
         alone = latency.decodes(1, moments.prompt + moments.steps / 2) * moments.steps
         slos = [self._demand.targets.of(app) for app in self._demand.apps]
         allowed = max(4.0 * alone if slo.tpot is None else slo.tpot * moments.steps for slo in slos)
-        decode = min(4.0 * alone, max(alone, allowed)) if spec.role is not Role.PREFILL else 0.0
+        decode = math.sqrt(alone * min(4.0 * alone, max(alone, allowed))) if spec.role is not Role.PREFILL else 0.0
         return 4.0 * prompt + decode
 
     def _prompt_seconds(self, latency: Latency, role: Role) -> float:
@@ -187,6 +193,15 @@ class Bounds:
         prepared = host.per_step * steps + host.per_sequence * moments.steps
         computed = latency.share * min(found)
         return computed + prepared if latency.pp == 1 else max(computed, prepared)
+
+    def _mixed_seconds(self, latency: Latency) -> float:
+        moments, prefill = self.moments, latency.coefficients.prefill
+        squares = max(0.0, min(line.per_square for line in prefill))
+        context = min(line.per_context for line in latency.coefficients.decode)
+        if latency.coefficients.prefill_rest or latency.coefficients.decode_rest:
+            return 0.0  # what was measured beside the formulas may be less than they say
+        token = max(line.per_token for line in prefill)
+        return latency.share * (token * moments.prompt + squares * moments.prompt_squares + context * moments.contexts)
 
     def _memory_seconds(self, latency: Latency, spec: InstanceSpec) -> float:
         """Least seconds a request for which there is memory."""

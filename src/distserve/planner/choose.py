@@ -16,10 +16,10 @@ from distserve.errors import UsageError
 from distserve.plan import Role
 from distserve.planner.affinity import low_affinity
 from distserve.planner.answer import Alternative, Answer, Dedicated, InfeasibleError
-from distserve.planner.ask import World
+from distserve.planner.ask import World, ask, climb
 from distserve.planner.demand import Demand
-from distserve.planner.explain import bottleneck, measure, portrait
-from distserve.planner.goodput import FULL
+from distserve.planner.explain import bottleneck, measured, nearby, portrait
+from distserve.planner.goodput import FULL, QUICK
 from distserve.planner.jobs import Jobs
 from distserve.planner.nearest import nearest
 from distserve.planner.pack import pack
@@ -138,9 +138,17 @@ class _Choice:
         self._say(f"measuring {best.deployment}")
         question = replace(search.question(best.deployment, rate), length=FULL)
         copies = best.deployment.copies
-        goodput, beyond = measure(self._jobs, question, copies, best.goodput / copies, 1.5 * best.goodput / copies)
-        seen = portrait(self._world, question, copies)
-        runner_up, other_kind = self._others(best, others)
+        others, runner_up, other_kind = self._others(best, others)
+        nearby_questions = nearby(question, best.goodput / copies)
+        climbs = [search.climbing(each, rate, 0.06, QUICK) for each in others]
+        calls = [(ask, q) for q in nearby_questions] + [(portrait, (question, copies))] + [(climb, c) for c in climbs]
+        answers = self._jobs.gather(calls)
+        near, seen = answers[: len(nearby_questions)], answers[len(nearby_questions)]
+        goodput, beyond = measured(best.goodput / copies, near, self._demand.goal, copies)
+        found = zip(others, answers[len(nearby_questions) + 1 :], strict=True)
+        raised = {other: _no_more(search.climbed(other, verdicts), other.goodput) for other, verdicts in found}
+        runner_up = raised.get(runner_up, runner_up) if runner_up else None
+        other_kind = raised.get(other_kind, other_kind) if other_kind else None
         return Answer(
             plan=best.plan,
             goodput=goodput,
@@ -162,27 +170,23 @@ class _Choice:
             app=self._app,
             seconds=time.monotonic() - self._began,
             simulated=search.simulated + goodput.requests,
-            best=tuple((str(f.deployment), f.plan) for f in (best, *others, other_kind) if f)[:3],
+            best=tuple((str(f.deployment), f.plan) for f in (best, runner_up, other_kind) if f),
         )
 
-    def _others(self, best: Found, others: list[Found]) -> tuple[Found | None, Found | None]:
-        """(the runner-up, the best of the other kind), with their goodputs."""
+    def _others(self, best: Found, ranked: list[Found]) -> tuple[list[Found], Found | None, Found | None]:
+        """(those of the two whose goodput is not known, the runner-up, the best of the other kind)."""
         search = self._search
         wanted = DISAGGREGATED if _kind(best) == COLOCATED else COLOCATED
-        other = next((each for each in others if _kind(each) == wanted), None)
+        other = next((each for each in ranked if _kind(each) == wanted), None)
         if other is None and self._rate is None:
-            found = search.highest([wanted])
-            other = found[0] if found else None
+            other = next(iter(search.highest([wanted])), None)
         elif other is None and self._rate is not None:
             least = best.num_devices
-            found = search.fewest(self._rate, [wanted], least=least, most=3 * least, limit=4)
-            other = search.climbed(found[0], self._rate) if found else None
-        elif other is not None and self._rate is not None:
-            other = search.climbed(other, self._rate)
-        runner_up = others[0] if others else other
-        if runner_up is not None and runner_up is not other and self._rate is not None:
-            runner_up = search.climbed(runner_up, self._rate)
-        return runner_up, other
+            other = next(iter(search.fewest(self._rate, [wanted], least=least, most=3 * least, limit=4)), None)
+        runner_up = ranked[0] if ranked else other
+        if self._rate is None:
+            return [], runner_up, other
+        return list(dict.fromkeys(each for each in (runner_up, other) if each is not None)), runner_up, other
 
     def _compared(self, other: Found, best: Found) -> Alternative:
         more = other.num_devices - best.num_devices
@@ -206,6 +210,11 @@ class _Choice:
                 "router that hands over inside a node"
             )
         return tuple(dict.fromkeys(notes))
+
+
+def _no_more(found: Found, bound: float) -> Found:
+    """By a short run, which may flatter: at most what a longer one ruled out (0: none did)."""
+    return replace(found, goodput=min(found.goodput, bound)) if bound else found
 
 
 def _kind(found: Found) -> str:

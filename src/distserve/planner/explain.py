@@ -9,9 +9,8 @@ from statistics import fmean, stdev
 
 from distserve.metrics import Report, report
 from distserve.plan import Plan, Role
-from distserve.planner.ask import Climb, Question, World, ask, climb
+from distserve.planner.ask import Question, World
 from distserve.planner.goodput import FULL, USUAL, Goodput, Situation, Verdict, lived
-from distserve.planner.jobs import Jobs
 from distserve.sim.simulate import Imagination, Split
 
 SEEDS = 3
@@ -28,8 +27,9 @@ class Portrait:
     notes: tuple[str, ...]
 
 
-def portrait(world: World, question: Question, copies: int = 1) -> Portrait:
-    """Of one copy of a unit, at its share; the report speaks of all copies."""
+def portrait(world: World, asked: tuple[Question, int]) -> Portrait:
+    """(about one copy of a unit at its share, how many copies): the report speaks of all of them."""
+    question, copies = asked
     plan = question.subject
     assert isinstance(plan, Plan)
     demand = world.demands[question.whose]
@@ -59,25 +59,30 @@ def _utilization(plan: Plan, run: Imagination) -> dict[str, float]:
     return {role: min(1.0, fmean(of_role)) for role, of_role in shares.items()}
 
 
-def measure(jobs: Jobs, question: Question, copies: int, start: float, most: float) -> tuple[Goodput, Verdict]:
-    """(goodput of all copies with its interval, a verdict just beyond it): by bisection with each of several seeds.
+NEAR = (0.97, 1.05)  # of the goodput that one seed gave: where the others are asked
 
-    The interval is Student's over the seeds' goodputs, and at least as wide as the bisection is coarse."""
-    tolerance = 0.025
-    base = replace(question, length=USUAL, rate=start)
-    climbs = [Climb(replace(base, seed=seed), most, tolerance, step=1.05) for seed in range(SEEDS)]
-    rates, requests, beyond = [], 0, []
-    for verdicts in jobs.map(climb, climbs):
-        rates.append(max((v.rate for v in verdicts if v.attains), default=0.0))
-        requests += sum(v.requests for v in verdicts)
-        beyond += [v for v in verdicts if not v.attains]
+
+def nearby(question: Question, rate: float) -> list[Question]:
+    """What `measured` is made of: runs to their end with other seeds, just below and just above `rate`."""
+    base = replace(question, length=USUAL, early=False, scale=1.0)
+    return [replace(base, seed=seed, rate=rate * near) for seed in range(1, SEEDS) for near in NEAR]
+
+
+def measured(rate: float, verdicts: list[Verdict], goal: float, copies: int) -> tuple[Goodput, Verdict]:
+    """(goodput of all copies with its interval, the verdict just beyond it): `rate` by one seed's bisection, and where
+    the others' attainment crosses the goal on the straight line between their two rates.
+
+    The interval is Student's over the seeds, and at least as wide as the bisection is coarse."""
+    rates = [rate]
+    for below, above in zip(verdicts[::2], verdicts[1::2], strict=True):
+        fall = below.attainment.joint - above.attainment.joint
+        share = (below.attainment.joint - goal) / fall if fall > 1e-3 else (1.0 if above.attains else 0.0)
+        rates.append(below.rate + min(max(share, -2.0), 3.0) * (above.rate - below.rate))
     mean = fmean(rates)
-    half = max(_T[SEEDS] * stdev(rates) / math.sqrt(SEEDS), tolerance / 2 * mean)
-    found = Goodput(copies * mean, copies * max(0.0, mean - half), copies * (mean + half), requests)
-    nearest = min(beyond, key=lambda v: v.rate, default=None)
-    if nearest is None or not nearest.whole:
-        nearest = jobs.map(ask, [replace(base, rate=mean * 1.05, early=False)])[0]
-    return found, nearest
+    half = max(_T[SEEDS] * stdev(rates) / math.sqrt(SEEDS), 0.015 * mean)
+    simulated = sum(verdict.requests for verdict in verdicts)
+    found = Goodput(copies * mean, copies * max(0.0, mean - half), copies * (mean + half), simulated)
+    return found, min(verdicts, key=lambda verdict: verdict.attainment.joint)
 
 
 def bottleneck(binding: str, utilization: dict[str, float]) -> str:

@@ -26,7 +26,6 @@ class Jobs:
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
         self._event: Any = None
-        self.heard: Callable[[], None] = lambda: None  # called as answers come
 
     def __enter__(self) -> Jobs:
         return self
@@ -38,20 +37,18 @@ class Jobs:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, function: Callable[[Any, Any], Answer], questions: Sequence[Any]) -> list[Answer]:
-        if self._processes == 1 or (self._pool is None and len(questions) < 2):
-            return [self._here(function, question) for question in questions]
+        return self.gather([(function, question) for question in questions])
+
+    def gather(self, calls: Sequence[tuple[Callable[[Any, Any], Any], Any]]) -> list[Any]:
+        """The answers of different functions, in order."""
+        if self._processes == 1 or (self._pool is None and len(calls) < 2):
+            return [self._here(function, question) for function, question in calls]
         pool = self._started()
-        pending = [pool.submit(_call, function, question) for question in questions]
-        answers = []
-        for future in pending:
-            answers.append(future.result())
-            self.heard()
-        return answers
+        pending = [pool.submit(_call, function, question) for function, question in calls]
+        return [future.result() for future in pending]
 
     def _here(self, function: Callable[[Any, Any], Answer], question: Any) -> Answer:
-        answer = function(self._context, question)
-        self.heard()
-        return answer
+        return function(self._context, question)
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:

@@ -15,7 +15,7 @@ from distserve.costs.latency import Coefficients, Latency, PrefillLine
 from distserve.plan import InstanceSpec, Plan, Role
 from distserve.specs import ModelSpec
 
-_ENDLESS_TOKENS = 1 << 24  # of KV: what the endless side holds
+_ENDLESS_TOKENS = 1 << 22  # of KV: what the endless side holds
 
 
 class ApartCosts:

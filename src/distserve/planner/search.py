@@ -36,7 +36,7 @@ from distserve.planner.candidates import (
     shapes,
     units,
 )
-from distserve.planner.goodput import QUICK, USUAL, Verdict
+from distserve.planner.goodput import QUICK, USUAL, Length, Verdict
 from distserve.planner.jobs import Jobs
 from distserve.planner.known import CELL, Known
 from distserve.planner.pack import pack
@@ -287,22 +287,28 @@ class Search:
         """With the goodput of each, roughly; best first. Below the first it is a bound that is not reached."""
         left = sorted(found, key=lambda each: -self.promise(each.deployment))
         ranked: list[Found] = []
-        target = rate  # a device's share of it counts, but all have equally many, or it is the rate that counts
+        target = rate
         while left:
-            ranked.insert(0, self.climbed(left.pop(0), target, tolerance))
+            first, left = left[:2], left[2:]
+            climbs = [self.climbing(each, target, tolerance) for each in first]
+            ranked += [self.climbed(*each) for each in zip(first, self._jobs.map(climb, climbs), strict=True)]
+            ranked.sort(key=lambda each: -each.goodput)
             target = ranked[0].goodput * (1 + tolerance)
             verdicts = self.judge([each.deployment for each in left], target)
             below = [each for each, verdict in zip(left, verdicts, strict=True) if not verdict.attains]
             left = [each for each in left if each not in below]
-            ranked += [replace(each, goodput=ranked[0].goodput) for each in below]
+            ranked += [replace(each, goodput=min(target, self.promise(each.deployment))) for each in below]
         return ranked
 
-    def climbed(self, each: Found, rate: float, tolerance: float = 0.03) -> Found:
-        """With its goodput, looked for from `rate` on (0: wherever it is)."""
+    def climbing(self, each: Found, rate: float, tolerance: float = 0.03, length: Length = USUAL) -> Climb:
+        """The question for its goodput, from `rate` on (0: wherever it is)."""
         copies = each.deployment.copies
         most = max(self.promise(each.deployment) * 1.1, rate * 1.1)
-        question = self.question(each.deployment, rate * 1.1 or most * 0.7)
-        [verdicts] = self._jobs.map(climb, [Climb(question, most / copies, tolerance, step=1.15)])
+        question = replace(self.question(each.deployment, rate * 1.1 or most * 0.7), length=length)
+        return Climb(question, most / copies, tolerance, step=1.15)
+
+    def climbed(self, each: Found, verdicts: list[Verdict]) -> Found:
+        """With the goodput that the answer gives."""
         self.simulated += sum(verdict.requests for verdict in verdicts)
-        best = max((v.rate for v in verdicts if v.attains), default=rate / copies)
-        return replace(each, goodput=best * copies)
+        best = max((v.rate for v in verdicts if v.attains), default=each.verdict.rate)
+        return replace(each, goodput=best * each.deployment.copies)
