@@ -3,7 +3,8 @@ writes docs/accuracy.md and its plots.
 
     runs       the logs, the plan and the costs of each; a simulated run
     score      real, ours and upstream's side by side; the targets
-    evidence   what the mechanisms were seen in: KV room, clocks, micro-batches, left-out runs
+    variants   the same with a mechanism left out, arrivals jittered, other parameters
+    spans      what the logs say without a simulation: KV, prompt steps, pace
     figures    plots
-    page       the document
+    page       the document: tables; its sentences are in `words`
 """

@@ -17,7 +17,7 @@ SLOS = (SLO(0.2, 0.1), SLO(0.25, 0.1))
 MEAN_ERROR = 0.03  # of the attainments, at most
 WORST_ERROR = 0.08
 MEDIAN_ERROR = 0.08  # of each median, relative; DistServe's runs
-VLLM_MEDIAN_ERROR = 0.17  # of vLLM's: one of the three runs disagrees with the other two (evidence.py, `Slowness`)
+VLLM_MEDIAN_ERROR = 0.17  # of vLLM's: two servers, one set of costs (docs/accuracy.md)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,12 +113,12 @@ medians depend much on it, as the table says; the slowest tenth does.
 """
 
 TWO_ENGINES = """
-**The three runs were not served by the same engine**, and no single set of parameters meets them all. The logs show
-it without a simulation. Prompts that were computed in one step have their first token at the same instant. vLLM 0.2.2
-and 0.2.3 refuse to put prompts together whose padding would exceed 256 tokens (`max_paddings`, which the published
-start script leaves at its default). `vllm-100-1` and `vllm-300-3` never exceed it; `vllm-200-2` does in most of its
-shared steps, by up to more than a thousand tokens. Its steps are slower, too. The last two columns: steps of a single
-prompt that began when another prompt's ended, so that their length can be read off directly.
+**The three runs were not served alike**, and no single set of parameters meets them all. The logs show it without a
+simulation. Prompts that were computed in one step have their first token at the same instant. vLLM 0.2.2 and 0.2.3
+refuse to put prompts together whose padding would exceed 256 tokens (`max_paddings`, which the published start script
+leaves at its default). `vllm-100-1` and `vllm-300-3` never exceed it; `vllm-200-2` does in most of its shared steps,
+by up to more than a thousand tokens. Its steps are slower, too. The last two columns: steps of a single prompt that
+began when another prompt's ended, so that their length can be read off directly.
 """
 
 PACE = """
@@ -142,10 +142,10 @@ instead of 7. Each run with its own, and with the other's:
 
 AFTER_TWO = """
 With the host that served it every run is within the targets, attainment and medians; with the other's it is far off.
-The mechanisms are the same. These are fits of the runs they are shown on, not predictions; what they show is that the
-shipped file misses the difference between two machines and not something in the simulator. The shipped file splits
-that difference (the device's prefill as measured, decode times the authors' 1.2) and errs in both directions. The
-limit on padding is not simulated by any of them.
+The mechanisms are the same. These are five numbers fitted on the runs they are shown on, not predictions; they
+suggest that most of what the shipped file misses is the difference between two servers. The shipped file splits that
+difference (the device's prefill as measured, decode times the authors' 1.2) and errs in both directions. The limit on
+padding is not simulated by any of them.
 """
 
 FITTED = """
@@ -161,10 +161,10 @@ FITTED = """
 | nothing | `c21d11-300-9`, `c21d11-900-9`: no parameter has seen them |
 
 So the two runs at 9 requests a second, the ones where decode overflows, are predictions of the parameters, though not
-of the mechanisms, which were looked for with all ten in view; vLLM's three are neither. Is the decode host time of
-the first line of fitted ones a property of the engine, or of the three runs? Fitted again on a grid (0.5 ms, 0.025
-ms; smallest mean error of the requests' TPOT), on all three and with each left out. In each cell the error of the
-run's median TPOT and the worst error of its attainment in points; bold: the run was not fitted on.
+of the mechanisms, which were looked for with all ten in view; vLLM's three were all fitted on. Is the decode host
+time of the first line of fitted ones a property of the engine, or of the three runs? Fitted again on a grid (0.5 ms,
+0.025 ms; smallest mean error of the requests' TPOT), on all three and with each left out. In each cell the error of
+the run's median TPOT and the worst error of its attainment in points; bold: the run was not fitted on.
 """
 
 AFTER_FITS = """

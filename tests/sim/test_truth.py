@@ -79,7 +79,7 @@ def test_closer_to_the_runs_than_upstreams_simulator() -> None:
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("vllm")])
 def test_vllms_runs_with_the_host_that_served_them(name: str) -> None:
-    """What the shipped costs miss is the difference between two machines."""
+    """The shipped costs split the difference between two servers."""
     (habits,) = (habits for habits in variants.VLLMS if name in habits.runs)
     found = score.score(real_runs()[name], habits.costs())
     assert mean_and_worst(found.errors())[0] <= score.MEAN_ERROR
