@@ -139,3 +139,12 @@ def test_a_plan_that_names_a_device_twice(tmp_path: Path, capsys: pytest.Capture
     file.write_text(PLAN.replace("tp = 2", 'devices = [["node0:0"]]') + 'devices = [["node0:0"]]\n')
     assert main(["simulate", "--plan", str(file), "--rate", "1"]) == 2
     assert "more than once" in capsys.readouterr().err
+
+
+def test_queues_that_grow_are_told(plan: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six requests a second are more than one decode device finishes."""
+    command = ["simulate", "--plan", plan, "--slo", SLO, "-n", "1500", "--rate"]
+    main([*command, "6"])
+    assert "its queues have not settled" in capsys.readouterr().err
+    main([*command, "1"])
+    assert "settled" not in capsys.readouterr().err

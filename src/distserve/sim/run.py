@@ -79,7 +79,7 @@ def run(options: Options) -> int:
         warmup=options.warmup,
         seed=options.seed if workload.rate is not None else None,
     )
-    notes = [*workload.notes, *found.notes]
+    notes = [*workload.notes, *found.notes, *_unsteady(found, targets, report.warmup)]
     for note in notes:
         print(f"distserve: note: {note}", file=sys.stderr)
     console = Console(stderr=options.json_out == "-", soft_wrap=True)
@@ -113,6 +113,23 @@ def _workload(options: Options, context: int) -> Workload:
             f"--warmup {options.warmup:g} is longer than the arrivals, {workload.span:g} s: lower it, or simulate more"
         )
     return workload.clipped(context)
+
+
+def _unsteady(found: Imagination, targets: Targets, warmup: float) -> list[str]:
+    """Says so where the second half of the run did not do as the first."""
+    start = found.records[0].arrival + warmup
+    met = [targets.met(record) for record in found.records if record.arrival >= start]
+    halves = met[: len(met) // 2], met[len(met) // 2 :]
+    if not halves[0]:
+        return []
+    (_, early), (late, _) = (metrics.proportion_interval(half) for half in halves[::-1])
+    if early >= late:
+        return []
+    first, second = (sum(half) / len(half) for half in halves)
+    return [
+        f"attainment falls from {first:.0%} in the first half of the run to {second:.0%} in the second: its queues have "
+        "not settled; give more requests (-n) for a steady state, if there is one at this rate"
+    ]
 
 
 def _title(workload: Workload, costs: Costs) -> str:
