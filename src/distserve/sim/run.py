@@ -119,17 +119,15 @@ def _unsteady(found: Imagination, targets: Targets, warmup: float) -> list[str]:
     """Says so where the second half of the run did not do as the first."""
     start = found.records[0].arrival + warmup
     met = [targets.met(record) for record in found.records if record.arrival >= start]
-    halves = met[: len(met) // 2], met[len(met) // 2 :]
-    if not halves[0]:
+    early, late = met[: len(met) // 2], met[len(met) // 2 :]
+    if not early or metrics.proportion_interval(late)[1] >= metrics.proportion_interval(early)[0]:
         return []
-    (_, early), (late, _) = (metrics.proportion_interval(half) for half in halves[::-1])
-    if early >= late:
-        return []
-    first, second = (sum(half) / len(half) for half in halves)
-    return [
-        f"attainment falls from {first:.0%} in the first half of the run to {second:.0%} in the second: its queues have "
-        "not settled; give more requests (-n) for a steady state, if there is one at this rate"
-    ]
+    first, second = (f"{sum(half) / len(half):.0%}" for half in (early, late))
+    note = (
+        f"attainment falls from {first} in the first half of the run to {second} in the second: its queues have not "
+        "settled; give more requests (-n) for a steady state, if there is one at this rate"
+    )
+    return [note]
 
 
 def _title(workload: Workload, costs: Costs) -> str:
