@@ -37,12 +37,17 @@ class DecodeScheduler(ContinuousScheduler):
             return None
         items: list[tuple[Sequence, int]] = []
         behind = self._schedule_decodes(items)
-        budget = self._schedule_behind(items, behind, self.policy.chunk_tokens)
-        self._schedule_queued(items, budget)
+        budget = self.policy.chunk_tokens
+        if behind:
+            budget = self._schedule_behind(items, behind, budget)
+        if self._queue:
+            self._schedule_queued(items, budget)
         return self._launch(items)
 
     def next_pulls(self, now: float) -> list[Sequence]:
         pulls: list[Sequence] = []
+        if not self._queue:
+            return pulls
         while (sequence := self._head()) is not None and self._has_room(sequence):
             if not sequence.num_kv_tokens:
                 self._admit(sequence)  # next in turn, and what came after it need not wait for a step

@@ -120,6 +120,7 @@ class InstanceLoop:
                     self._wiring.send(Drained(self._epoch))
                 await self._wake.wait()
                 continue
+            self._start_pulls(now)  # the batch may have made room
             result = await self._execute(batch, now)
             outcome = self._scheduler.complete(batch, result, self._clock())
             self._tell(outcome, result, batch.num_tokens)

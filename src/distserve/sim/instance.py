@@ -200,24 +200,28 @@ class Instance:
             self._kick(now)
 
     def _kick(self, now: float) -> None:
-        while not self._stalled and len(self._flights) < self._pp:
+        """Starts whatever can start."""
+        flights, pulls = self._flights, self._pulls
+        while not self._stalled and len(flights) < self._pp:
             if self._free > now:
                 self._wake(self._free)
                 return
-            if self._pulls is not None and self._start_pulls(self._pulls, now):
+            if pulls is not None and self._start_pulls(pulls, now):
                 return
             batch = self.scheduler.next_batch(now)
             if batch is None:
-                if not self._flights:
+                if not flights:
                     self._idle_since = now
                 return
             self._launch(batch, now)
-        if self._pulls is not None and not self._stalls:
-            self._start_pulls(self._pulls, now)
+        if pulls is not None and not self._stalls:  # a step that runs keeps nobody from pulling
+            self._start_pulls(pulls, now)
 
     def _start_pulls(self, scheduler: PullingScheduler, now: float) -> bool:
         """True: the instance stands still until they are over."""
-        pulls: list[Sequence] = scheduler.next_pulls(now)
+        pulls = scheduler.next_pulls(now)
+        if not pulls:
+            return False
         end = now
         for sequence in pulls:
             assert isinstance(sequence, Imagined)
