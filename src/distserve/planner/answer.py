@@ -9,6 +9,7 @@ from typing import Any
 from distserve.errors import DistserveError
 from distserve.metrics import Report, Targets
 from distserve.plan import InstanceSpec, Plan, Role
+from distserve.planner.curves import Curve
 from distserve.planner.goodput import Goodput
 from distserve.sim.simulate import Split
 
@@ -55,7 +56,7 @@ class Answer:
     app: str = ""
     seconds: float = 0.0  # the search took
     simulated: int = 0  # requests, in the search
-    best: tuple[tuple[str, Plan], ...] = field(default=(), repr=False)  # described; to be drawn
+    curves: tuple[Curve, ...] = field(default=(), repr=False)  # of it and what else was looked at; (): not asked for
 
     @property
     def num_devices(self) -> int:
@@ -121,6 +122,7 @@ class Answer:
                 | {"devices": list(replica.devices)}
                 for replica in self.plan.replicas()
             ],
+            "curves": [asdict(curve) for curve in self.curves],
             "notes": list(self.notes),
             "search": {"seconds": self.seconds, "simulated_requests": self.simulated},
             "plan": self.plan.to_toml(),

@@ -17,6 +17,7 @@ from distserve.plan import Role
 from distserve.planner.affinity import low_affinity
 from distserve.planner.answer import Alternative, Answer, Dedicated, InfeasibleError
 from distserve.planner.ask import World, ask, climb
+from distserve.planner.curves import Curve, curves
 from distserve.planner.demand import Demand
 from distserve.planner.explain import bottleneck, measured, nearby, portrait
 from distserve.planner.goodput import FULL, QUICK
@@ -41,6 +42,7 @@ class Wish:
     algorithm: str = "auto"
     cluster_name: str = "cluster"
     jobs: int = 1  # processes
+    curves: bool = False  # attainment by rate and by SLO scale, too
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -170,7 +172,7 @@ class _Choice:
             app=self._app,
             seconds=time.monotonic() - self._began,
             simulated=search.simulated + goodput.requests,
-            best=tuple((str(f.deployment), f.plan) for f in (best, runner_up, other_kind) if f),
+            curves=self._curves([best, *(each for each in (runner_up, other_kind) if each)], rate),
         )
 
     def _others(self, best: Found, ranked: list[Found]) -> tuple[list[Found], Found | None, Found | None]:
@@ -187,6 +189,17 @@ class _Choice:
         if self._rate is None:
             return [], runner_up, other
         return list(dict.fromkeys(each for each in (runner_up, other) if each is not None)), runner_up, other
+
+    def _curves(self, found: list[Found], rate: float) -> tuple[Curve, ...]:
+        if not self._wish.curves:
+            return ()
+        self._say("drawing")
+        different = {each.deployment: each for each in found}.values()
+        subjects = [
+            (str(d), d.num_devices, d.copies, self._search.question(d, rate))
+            for d in (each.deployment for each in different)
+        ]
+        return tuple(curves(self._jobs, subjects, found[0].goodput / found[0].num_devices, rate))
 
     def _compared(self, other: Found, best: Found) -> Alternative:
         more = other.num_devices - best.num_devices

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from distserve.cluster import Cluster
 from distserve.costs.choose import choose_costs
 from distserve.errors import UsageError
 from distserve.metrics import Targets
-from distserve.planner import show
+from distserve.outputs import check_writable, write_json, write_text
+from distserve.planner import plot, show
 from distserve.planner.answer import Answer, Dedicated
 from distserve.planner.choose import Wish, choose
 from distserve.planner.demand import Demand
@@ -46,7 +45,9 @@ class Options:
 def run(options: Options) -> int:
     """The whole command; returns the exit status."""
     for option, path in (("--output", options.out), ("--json", options.json_out), ("--plot", options.plot)):
-        _check_writable(option, path)
+        check_writable(option, path)
+    if options.plot is not None:
+        plot.check(options.plot)
     cluster = Cluster.load(options.cluster)
     costs = choose_costs(options.model, cluster.device, options.costs)
     workload = Workload.load(options.workload).clipped(model_spec(options.model).max_model_len)
@@ -60,6 +61,7 @@ def run(options: Options) -> int:
         algorithm=options.algorithm,
         cluster_name=Path(options.cluster).name,
         jobs=_processes(options.jobs),
+        curves=options.plot is not None,
     )
     try:
         with show.progress() as say:
@@ -78,35 +80,25 @@ def run(options: Options) -> int:
 
 
 def _write(options: Options, answer: Answer | Dedicated, answers: dict[str, Answer]) -> None:
-    try:
+    for app, each in answers.items():
         if options.out is not None:
-            for app, each in answers.items():
-                file = options.out.with_stem(f"{options.out.stem}.{app}") if app else options.out
-                file.write_text(each.plan.to_toml(), encoding="utf-8")
-                show.say(f"wrote {file}")
-        if options.json_out is not None:
-            text = json.dumps(answer.to_dict(), indent=2, allow_nan=False) + "\n"
-            if options.json_out == "-":
-                sys.stdout.write(text)
-            else:
-                Path(options.json_out).write_text(text, encoding="utf-8")
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UsageError(f"cannot write {error.filename}: {error.strerror}") from None
+            file = _named(options.out, app)
+            write_text(file, each.plan.to_toml())
+            show.say(f"wrote {file}")
+        if options.plot is not None:
+            file = _named(options.plot, app)
+            plot.draw(each.curves, each.goal, f"{each.plan.model}, {each.workload}, SLO {each.targets}", file)
+            show.say(f"wrote {file}")
+    if options.json_out is not None:
+        write_json(options.json_out, answer.to_dict())
+
+
+def _named(path: Path, app: str) -> Path:
+    """plan.toml, or plan.chat.toml for one of several applications."""
+    return path.with_stem(f"{path.stem}.{app}") if app else path
 
 
 def _processes(jobs: int | None) -> int:
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs {jobs} is too small: at least 1")
     return jobs or len(os.sched_getaffinity(0))
-
-
-def _check_writable(option: str, path: Path | str | None) -> None:
-    """Refuses before the search what would only fail after it."""
-    if path is None or path == "-":
-        return
-    folder = Path(path).parent
-    target = Path(path) if Path(path).exists() else folder
-    if not folder.is_dir() or Path(path).is_dir() or not os.access(target, os.W_OK):
-        raise UsageError(f"{option} {path}: cannot be written: name a file in a folder that is yours to write")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from distserve.metrics import Summary
 from distserve.planner.answer import Alternative, Answer, Dedicated
+from distserve.tables import milliseconds
 
 
 def say(message: str) -> None:
@@ -53,7 +54,7 @@ def show(answer: Answer, console: Console) -> None:
 
 def _lines(answer: Answer) -> Iterator[tuple[str, str]]:
     goodput, report = answer.goodput, answer.report
-    yield "plan", f"{describe(answer)}, {answer.num_devices} devices"
+    yield "plan", f"{describe(answer)}, {_devices(answer.num_devices)}"
     sure = f"95% sure: {goodput.low:.3g} to {goodput.high:.3g}"
     each = f"{answer.goodput_per_device:.3g} per device, at a goal of {answer.goal:.0%}"
     yield "goodput", f"{goodput.rate:.3g} requests/s ({sure}), {each}"
@@ -78,8 +79,12 @@ def describe(answer: Answer) -> str:
     return " + ".join(parts)
 
 
+def _devices(number: int) -> str:
+    return f"{number} device{'s' if number > 1 else ''}"
+
+
 def _alternative(other: Alternative) -> str:
-    return f"{other.description}, {other.devices} devices: {other.loses}"
+    return f"{other.description}, {_devices(other.devices)}: {other.loses}"
 
 
 def _latencies(answer: Answer) -> Table:
@@ -91,7 +96,7 @@ def _latencies(answer: Answer) -> Table:
         ("TTFT", report.ttft, report.slo.ttft, report.attainment.ttft),
         ("TPOT", report.tpot, report.slo.tpot, report.attainment.tpot),
     ):
-        table.add_row(name, *_summary(summary), _ms(target), "" if target is None else f"{met:.1%}")
+        table.add_row(name, *_summary(summary), milliseconds(target), "" if target is None else f"{met:.1%}")
     for app, attainment in report.by_app.items():
         slo = answer.targets.of(app)
         table.add_row(f"app {app}", "", "", "", "", str(slo), f"{attainment.joint:.1%}")
@@ -103,12 +108,12 @@ def _latencies(answer: Answer) -> Table:
         ("pull", split.transfer),
         ("decode", split.decode),
     ):
-        table.add_row(name, _ms(value))
+        table.add_row(name, milliseconds(value))
     return table
 
 
 def _summary(summary: Summary) -> tuple[str, ...]:
-    return tuple(_ms(value) for value in (summary.mean, summary.p50, summary.p90, summary.p99))
+    return tuple(milliseconds(value) for value in (summary.mean, summary.p50, summary.p90, summary.p99))
 
 
 def _seats(answer: Answer) -> Table:
@@ -122,10 +127,3 @@ def _seats(answer: Answer) -> Table:
         ]
         table.add_row(replica.name, str(replica.spec.tp), str(replica.spec.pp), " | ".join(stages))
     return table
-
-
-def _ms(value: float | None) -> str:
-    """Milliseconds, three digits; this edge is the only place that leaves seconds."""
-    if value is None or value != value:
-        return "-"
-    return f"{value * 1000:.3g} ms" if value < 1 else f"{value * 1000:.0f} ms"
