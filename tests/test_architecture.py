@@ -25,6 +25,7 @@ NOUNS = {
     "native",
     "request",
     "specs",
+    "sharding",
     "workload",
     "traces",
     "plan",
@@ -40,11 +41,11 @@ NOUNS = {
 # room: (rooms and modules it may import beside itself and the nouns it may use, those nouns)
 ROOMS: Final = {
     "sched": (set(), {"request", "errors"}),
-    "costs": ({"sched.base"}, {"specs", "errors", "catalogue", "cluster", "knee", "plan"}),
+    "costs": ({"sched.base"}, {"specs", "sharding", "errors", "catalogue", "cluster", "knee", "plan"}),
     "sim": ({"sched", "costs"}, NOUNS),
     "planner": ({"sim", "costs"}, NOUNS),
     "engine": ({"sched.base"}, NOUNS),
-    "transfer": (set(), {"specs", "errors", "native"}),
+    "transfer": (set(), {"specs", "sharding", "errors", "native"}),
     "serve": ({"sched", "engine.base", "transfer.base"}, NOUNS),
     "control": ({"planner", "serve"}, {"metrics", "workload", "plan", "errors"}),
     "bench": (set(), NOUNS),

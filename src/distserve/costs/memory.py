@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distserve.errors import PlanError
+from distserve.sharding import Sharding, heads_fit, split_layers
 from distserve.specs import DTYPE_BYTES, ModelSpec
 
 
@@ -72,14 +73,18 @@ def allowed_pp(spec: ModelSpec) -> tuple[int, ...]:
 
 def stage_layers(spec: ModelSpec, pp: int) -> tuple[int, ...]:
     """Layers of each stage; what pp does not divide goes to the first ones (the last computes the output head, too)."""
-    _check(spec, 1, pp)
-    each, more = divmod(spec.num_layers, pp)
-    return tuple(each + (stage < more) for stage in range(pp))
+    return split_layers(spec.num_layers, pp)
+
+
+def sharding(spec: ModelSpec, tp: int, pp: int) -> Sharding:
+    """What each rank of an instance holds of the model's KV."""
+    _check(spec, tp)
+    return Sharding(spec.num_kv_heads, stage_layers(spec, pp), tp)
 
 
 def kv_heads_per_rank(spec: ModelSpec, tp: int) -> int:
     """Ranks that outnumber the KV heads hold one each, so that several hold the same."""
-    _check(spec, tp, 1)
+    _check(spec, tp)
     return max(1, spec.num_kv_heads // tp)
 
 
@@ -125,7 +130,7 @@ def capacity(
 
 def _stage_weights(spec: ModelSpec, tp: int, pp: int, size: int, accounting: Accounting) -> list[int]:
     """Bytes on one rank of each stage."""
-    _check(spec, tp, pp)
+    _check(spec, tp)
     hidden = spec.hidden_size
     rows = -(-spec.vocab_size // tp) if accounting.tables_shared else spec.vocab_size
     if accounting.layer_vectors is None:
@@ -150,15 +155,12 @@ def itemsize(spec: ModelSpec, dtype: str | None) -> int:
 
 
 def _divides(spec: ModelSpec, tp: int) -> bool:
-    kv_heads = spec.num_kv_heads
-    return spec.num_heads % tp == spec.ffn_size % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+    return spec.num_heads % tp == spec.ffn_size % tp == 0 and heads_fit(spec.num_kv_heads, tp)
 
 
-def _check(spec: ModelSpec, tp: int, pp: int) -> None:
+def _check(spec: ModelSpec, tp: int) -> None:
     if tp < 1 or not _divides(spec, tp):
         raise PlanError(
             f"tp = {tp} does not divide the model's {spec.num_heads} heads ({spec.num_kv_heads} of KV) and MLP of "
             f"{spec.ffn_size}: take one of {', '.join(map(str, allowed_tp(spec)))}"
         )
-    if not 1 <= pp <= spec.num_layers:
-        raise PlanError(f"pp = {pp} stages for a model of {spec.num_layers} layers: take 1 to {spec.num_layers}")

@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distserve.cluster import Cluster, node_of
-from distserve.costs.memory import stage_layers
+from distserve.costs.memory import sharding
 from distserve.costs.seats import Seats
+from distserve.sharding import parts
 from distserve.specs import ModelSpec
 
 Link = tuple[str, str]  # ("send" | "receive", device) in a node; ("out" | "in", node) between nodes
@@ -85,38 +86,7 @@ class Links:
 
 def shares(spec: ModelSpec, source: Seats, target: Seats) -> Iterator[tuple[int, int, int]]:
     """(source rank, target rank, how many of the request's layers * KV heads the second reads from the first). Where
-    ranks outnumber the heads several hold the same: each reader takes another copy, and what the ranks of a target hold
-    is then more than once the whole."""
-    for from_stage, first, last in _stages(spec, source.pp):
-        for to_stage, begin, end in _stages(spec, target.pp):
-            layers = min(last, end) - max(first, begin)
-            if layers <= 0:
-                continue
-            for to_rank in range(target.tp):
-                for from_rank, heads in _holders(spec.num_kv_heads, source.tp, target.tp, to_rank):
-                    yield from_stage * source.tp + from_rank, to_stage * target.tp + to_rank, layers * heads
-
-
-def _stages(spec: ModelSpec, pp: int) -> Iterator[tuple[int, int, int]]:
-    """(stage, its first layer, the layer after its last)."""
-    first = 0
-    for stage, count in enumerate(stage_layers(spec, pp)):
-        yield stage, first, first + count
-        first += count
-
-
-def _holders(num_heads: int, tp: int, to_tp: int, reader: int) -> Iterator[tuple[int, int]]:
-    """(rank of tp, how many KV heads the `reader`, a rank of to_tp, reads from it)."""
-    head, end = _heads(num_heads, to_tp, reader)
-    copies = max(1, tp // num_heads)
-    while head < end:
-        rank = head * copies + reader % copies if copies > 1 else head * tp // num_heads
-        until = min(end, _heads(num_heads, tp, rank)[1])
-        yield rank, until - head
-        head = until
-
-
-def _heads(num_heads: int, tp: int, rank: int) -> tuple[int, int]:
-    """(first, after the last) of the KV heads of a rank."""
-    first = rank * num_heads // tp
-    return first, max(first + 1, (rank + 1) * num_heads // tp)
+    ranks outnumber the heads several hold the same: readers take turns at the copies, and what the ranks of a target
+    hold is then more than once the whole."""
+    for part in parts(sharding(spec, source.tp, source.pp), sharding(spec, target.tp, target.pp)):
+        yield part.source, part.target, len(part.layers) * len(part.heads)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from distserve.errors import ModelError
+from distserve.sharding import heads_fit, rank_heads
 
 
 class Split(Enum):
@@ -45,11 +46,11 @@ def share(shape: tuple[int, ...], split: Split, units: int, rank: Rank) -> tuple
     if split is Split.VOCABULARY:
         step = -(-units // rank.size)
         first, last = min(rank.index * step, units), min((rank.index + 1) * step, units)
-    elif split is Split.KV_HEADS and units < rank.size:
-        if rank.size % units:
+    elif split is Split.KV_HEADS:
+        if not heads_fit(units, rank.size):
             raise ModelError(f"tp={rank.size} does not fit {units} KV heads; take a multiple or a divisor of {units}")
-        first = rank.index * units // rank.size
-        last = first + 1
+        held = rank_heads(units, rank.size, rank.index)
+        first, last = held.start, held.stop
     else:
         if units % rank.size:
             raise ModelError(f"tp={rank.size} does not divide the model's {units} heads or features; take a divisor")
