@@ -1,6 +1,7 @@
 """The llama family: Llama 2 and 3, SmolLM2, Mistral. RMS norms, rotary positions, grouped-query attention, gated MLP.
 
-Which of them it is, is all in the spec. Projections that share an input are one matrix (q, k, v; gate, up).
+Which of them it is, is all in the spec. Projections that share an input are one matrix (q, k, v; gate, up). Families
+that differ in a few lines (qwen2, qwen3) build on these modules.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.window = spec.num_heads, spec.num_kv_heads, spec.sliding_window
         self.scale = spec.head_dim**-0.5
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.qkv = MergedLinear(spec.hidden_size, (q, kv, kv), spec.attention_bias, dtype=dtype)
+        self.qkv = MergedLinear(spec.hidden_size, (q, kv, kv), spec.attention_bias or spec.qkv_bias, dtype=dtype)
         self.out = Linear(q, spec.hidden_size, spec.attention_bias, dtype=dtype)
 
     def forward(self, x: Tensor, rope: Rotary, kv: Tensor, step: StepLayout) -> Tensor:
@@ -65,10 +66,12 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """One transformer block. The residual stream is kept apart, so that adding and normalising are one pass."""
 
+    attention_type: type[Attention] = Attention
+
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.attention_norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
-        self.attention = Attention(spec, dtype)
+        self.attention = self.attention_type(spec, dtype)
         self.mlp_norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
         self.gate_up = GatedLinear(spec.hidden_size, spec.ffn_size, spec.mlp_bias, dtype=dtype)
         self.down = Linear(spec.ffn_size, spec.hidden_size, spec.mlp_bias, dtype=dtype)
@@ -91,11 +94,13 @@ class Layer(nn.Module):
 
 
 class Llama(Model):
+    layer_type: type[Layer] = Layer
+
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec = spec
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(Layer(spec, dtype) for _ in range(spec.num_layers))
+        self.layers = nn.ModuleList(self.layer_type(spec, dtype) for _ in range(spec.num_layers))
         self.norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
         tied = self.embedding if spec.tied_embeddings else None
         self.head = Head(spec.hidden_size, spec.vocab_size, tied=tied, dtype=dtype)
@@ -103,9 +108,13 @@ class Llama(Model):
     def finish(self, max_model_len: int, device: torch.device) -> None:
         scaling = None if self.spec.rope_scaling is None else dict(self.spec.rope_scaling)
         self.rope = Rotary(self.spec.head_dim, self.spec.rope_theta, max_model_len, scaling).to(device)
+        self.stack = self.build_stack()
+
+    def build_stack(self) -> Stack | None:
+        """The blocks in one call of the kernels; None where they are called one by one."""
         parts = [layer.parts() for layer in self.layers if isinstance(layer, Layer)]
         shape = AttentionShape(self.spec.num_heads, self.spec.head_dim**-0.5, self.spec.sliding_window)
-        self.stack = Stack.build(parts, shape, self.spec.norm_eps)
+        return Stack.build(parts, shape, self.spec.norm_eps)
 
     def forward(self, ids: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
         x: Tensor = self.embedding(ids)
@@ -129,26 +138,31 @@ class Llama(Model):
         table = (spec.vocab_size, spec.hidden_size)
         slots = [Slot("model.embed_tokens.weight", "embedding", "weight", table, Split.VOCABULARY, spec.vocab_size)]
         for i in range(spec.num_layers):
-            slots += _layer_slots(spec, f"model.layers.{i}", f"layers.{i}")
+            slots += self.layer_slots(f"model.layers.{i}", f"layers.{i}")
         slots.append(Slot("model.norm.weight", "norm", "weight", (spec.hidden_size,)))
         if not spec.tied_embeddings:
             slots.append(Slot("lm_head.weight", "head", "out.weight", table, Split.VOCABULARY, spec.vocab_size))
         return slots
 
+    def layer_slots(self, source: str, target: str) -> list[Slot]:
+        """Of one layer: `source` begins its tensors' names, `target` its modules'."""
+        return _layer_slots(self.spec, source, target)
+
 
 def _layer_slots(spec: ModelSpec, source: str, target: str) -> list[Slot]:
     hidden, ffn, heads, kv_heads = spec.hidden_size, spec.ffn_size, spec.num_heads, spec.num_kv_heads
     q, kv = heads * spec.head_dim, kv_heads * spec.head_dim
+    qkv_bias, out_bias = spec.attention_bias or spec.qkv_bias, spec.attention_bias
     slots = [
         Slot(f"{source}.input_layernorm.weight", f"{target}.attention_norm", "weight", (hidden,)),
         Slot(f"{source}.post_attention_layernorm.weight", f"{target}.mlp_norm", "weight", (hidden,)),
     ]
     # checkpoint name, module, its (rows, columns), how ranks share it, units, part, rotated heads, has a bias
     linears = (
-        ("self_attn.q_proj", "attention.qkv", (q, hidden), Split.COLUMN, heads, 0, heads, spec.attention_bias),
-        ("self_attn.k_proj", "attention.qkv", (kv, hidden), Split.KV_HEADS, kv_heads, 1, kv_heads, spec.attention_bias),
-        ("self_attn.v_proj", "attention.qkv", (kv, hidden), Split.KV_HEADS, kv_heads, 2, 0, spec.attention_bias),
-        ("self_attn.o_proj", "attention.out", (hidden, q), Split.ROW, heads, None, 0, spec.attention_bias),
+        ("self_attn.q_proj", "attention.qkv", (q, hidden), Split.COLUMN, heads, 0, heads, qkv_bias),
+        ("self_attn.k_proj", "attention.qkv", (kv, hidden), Split.KV_HEADS, kv_heads, 1, kv_heads, qkv_bias),
+        ("self_attn.v_proj", "attention.qkv", (kv, hidden), Split.KV_HEADS, kv_heads, 2, 0, qkv_bias),
+        ("self_attn.o_proj", "attention.out", (hidden, q), Split.ROW, heads, None, 0, out_bias),
         ("mlp.gate_proj", "gate_up", (ffn, hidden), Split.COLUMN, ffn, 0, 0, spec.mlp_bias),
         ("mlp.up_proj", "gate_up", (ffn, hidden), Split.COLUMN, ffn, 1, 0, spec.mlp_bias),
         ("mlp.down_proj", "down", (hidden, ffn), Split.ROW, ffn, None, 0, spec.mlp_bias),
