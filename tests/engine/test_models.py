@@ -1,4 +1,4 @@
-"""Our llama against transformers', family member by family member: logits, and greedy tokens over hundreds of steps."""
+"""Our models against transformers', family by family: logits, and greedy tokens over hundreds of steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.support import MiniScheduler, all_logits, greedy, load_model, make_checkpoint, reference_tokens
+from tests.engine.oracle import distance
+from tests.engine.support import CPU, MiniScheduler, all_logits, greedy, load_model, make_checkpoint, reference_tokens
+from torch import Tensor
+
+from distserve.engine import kernels
+from distserve.engine.kv_cache import KVCache, private_buffer
+from distserve.engine.layers import StepLayout
+from distserve.engine.models.base import Model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -33,7 +40,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral window": ("Mistral", {"sliding_window": 24}),
     "sharded": ("Llama", {"max_shard_size": "60KB"}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2 sharded": ("Qwen2", {"max_shard_size": "60KB"}),
+    "qwen2 yarn rope": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3 tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3 biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3 sharded": ("Qwen3", {"head_dim": 32, "max_shard_size": "60KB"}),
 }
+FAMILIES = ("gqa", "qwen2", "qwen3")  # a case of each family
+
+
+def pool(model: Model, num_blocks: int) -> KVCache:
+    layout = model.spec.kv_layout(16, "bfloat16")
+    return KVCache(layout, num_blocks, private_buffer(num_blocks * layout.block_bytes), CPU)
+
+
+def logits(model: Model, kv: KVCache, work: list[tuple[list[int], int, list[int]]]) -> Tensor:
+    """Of every token; `work`: (tokens of this step, tokens before them, blocks) of each sequence."""
+    lens = [len(tokens) for tokens, _, _ in work]
+    contexts = [len(tokens) + before for tokens, before, _ in work]
+    step = StepLayout.build(lens, contexts, [blocks for _, _, blocks in work], 16)
+    ids = torch.tensor([token for tokens, _, _ in work for token in tokens], dtype=torch.int32)
+    with torch.inference_mode():
+        return model.logits(model(ids, step, kv.layers, None))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -50,8 +81,10 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(case: str, tmp_pat
     assert [token.id for token in tokens] == reference_tokens(reference, prompt, 200)
 
 
-def test_a_mixed_batch_answers_as_each_alone(tmp_path: Path) -> None:
-    reference = make_checkpoint(tmp_path)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_mixed_batch_answers_as_each_alone(case: str, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    reference = make_checkpoint(tmp_path, family, **changes)
     model = load_model(tmp_path)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 2, 15, 16, 17, 90, 33)]
@@ -61,9 +94,11 @@ def test_a_mixed_batch_answers_as_each_alone(tmp_path: Path) -> None:
         assert [token.id for token in tokens[i]] == reference_tokens(reference, prompt, 20 + i)
 
 
+@pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunked_and_whole_prefill_agree_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    make_checkpoint(tmp_path)
+def test_chunked_and_whole_prefill_agree_bit_by_bit(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    make_checkpoint(tmp_path, family, **changes)
     model = load_model(tmp_path, dtype)
     prompt = torch.randint(3, 128, (100,), generator=torch.Generator().manual_seed(4)).tolist()
     answers = [
@@ -71,6 +106,38 @@ def test_chunked_and_whole_prefill_agree_bit_by_bit(dtype: torch.dtype, tmp_path
         for chunk in (1 << 30, 7, 32)
     ]
     assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_sequence_does_not_notice_its_batch_nor_how_it_was_cut(case: str, tmp_path: Path) -> None:
+    """To the last bit of its logits, where our own kernels multiply."""
+    library = kernels.load()
+    if library is None or not library.tiles:
+        pytest.skip("this processor has no AMX tiles: a library multiplies, which promises no equal bits")
+    family, changes = CASES[case]
+    make_checkpoint(tmp_path, family, **changes)
+    model = load_model(tmp_path, torch.bfloat16)
+    generator = torch.Generator().manual_seed(5)
+    prompt, other = (torch.randint(3, 128, (n,), generator=generator).tolist() for n in (100, 64))
+    blocks, others = [4, 1, 7, 2, 9, 8, 0], [20, 21, 22, 23]
+    kvs = [pool(model, 24) for _ in range(2)]
+    whole = logits(model, kvs[0], [(prompt, 0, blocks)])
+    parts = []
+    for number, (first, last) in enumerate([(0, 31), (31, 32), (32, 99), (99, 100)]):
+        work = [(other[: 15 * number + 1], 0, others), (prompt[first:last], first, blocks)]
+        parts.append(logits(model, kvs[1], work)[15 * number + 1 :])
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
+def test_half_precision_is_close_to_full(case: str, dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    reference = make_checkpoint(tmp_path, family, **changes)
+    prompt = torch.randint(3, 128, (77,), generator=torch.Generator().manual_seed(2)).tolist()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt])).logits[0]
+    assert distance(all_logits(load_model(tmp_path, dtype), prompt), expected) < tolerance
 
 
 def test_a_retry_goes_on_where_the_first_attempt_ended(tmp_path: Path) -> None:
