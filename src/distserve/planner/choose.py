@@ -24,7 +24,7 @@ from distserve.planner.goodput import FULL, QUICK
 from distserve.planner.jobs import Jobs
 from distserve.planner.nearest import nearest
 from distserve.planner.pack import pack
-from distserve.planner.search import COLOCATED, DISAGGREGATED, Found, Search
+from distserve.planner.search import COLOCATED, DISAGGREGATED, MIXED, Found, Search
 
 ALGORITHMS = ("auto", "high", "low")
 _RANKED = 6  # deployments of equally many devices whose goodput is compared
@@ -231,4 +231,6 @@ def _no_more(found: Found, bound: float) -> Found:
 
 
 def _kind(found: Found) -> str:
-    return DISAGGREGATED if found.deployment.count(Role.DECODE) else COLOCATED
+    if not found.deployment.count(Role.DECODE):
+        return COLOCATED
+    return MIXED if found.deployment.count(Role.COLOCATED) else DISAGGREGATED

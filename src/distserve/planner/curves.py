@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distserve.planner.ask import Question, ask
-from distserve.planner.goodput import USUAL
+from distserve.planner.goodput import ROUGH
 from distserve.planner.jobs import Jobs
 
 RATES = (0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of the best goodput
@@ -30,7 +30,7 @@ def curves(
     `per_device`; scales are at `rate`."""
     questions = []
     for _, devices, copies, question in subjects:
-        base = replace(question, length=USUAL, early=False)
+        base = replace(question, length=ROUGH, early=False)
         questions += [replace(base, rate=per_device * share * devices / copies) for share in RATES]
         questions += [replace(base, rate=rate / copies, scale=scale) for scale in SCALES]
     verdicts = iter(jobs.map(ask, questions))

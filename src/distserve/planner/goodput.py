@@ -7,8 +7,8 @@ A run is long enough for its queues to settle, and counts neither its beginning 
 All three last a few residence times (how long a request stays), and the counted part has so many requests at least. A
 run ends as soon as its answer is certain: when more requests have missed their targets than may, or when half of it is
 over and the confidence interval lies above the goal. Where the second half attains clearly less than the first, or
-waits clearly longer for its first tokens, queues grow: the run is repeated at twice the length, and what grows to the
-end does not attain the goal.
+first tokens (or each token after them) take clearly longer and longer, queues grow: the run is repeated at twice the
+length, and what grows to the end does not attain the goal.
 
 The same seed gives the same requests at every rate, at gaps that differ by a factor only (`Workload.draw`), so that two
 rates, and two plans, are compared on the same luck.
@@ -23,7 +23,7 @@ from statistics import fmean, variance
 
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs
-from distserve.metrics import Attainment, Record, attainment, proportion_interval
+from distserve.metrics import Attainment, Record, attainment, proportion_interval, tpot
 from distserve.plan import Plan
 from distserve.planner.demand import Demand
 from distserve.sim.life import NEVER, Life
@@ -55,6 +55,7 @@ class Length:
 
 QUICK = Length(1.2, 2.0, 300)  # to tell candidates apart
 USUAL = Length(2.0, 5.0, 1000)
+ROUGH = Length(1.5, 3.0, 500)  # to draw a curve
 FULL = Length(2.5, 8.0, 2500)  # to say a figure
 
 
@@ -233,15 +234,20 @@ def _worsens(met: list[bool], goal: float) -> bool:
 
 
 def waits_grow(lives: Sequence[Life]) -> bool:
-    """Whether first tokens take longer and longer: the last third waits longer than the middle one, which waits longer
-    than the first, and by more than chance.
+    """Whether TTFT or TPOT grow."""
+    over = [life for life in lives if life.last < NEVER]
+    paces = [pace for life in over if (pace := tpot(life.first, life.last, life.output_tokens)) is not None]
+    return _grow([life.first - life.arrival for life in over]) or _grow(paces)
 
-    Chance is judged by the means of batches of consecutive requests, since neighbours wait alike."""
-    waits = [life.first - life.arrival for life in lives if life.first < NEVER]
-    third = len(waits) // 3
+
+def _grow(values: list[float]) -> bool:
+    """Whether the last third is larger than the middle one, which is larger than the first, and by more than chance.
+
+    Chance is judged by the means of batches of consecutive requests, since neighbours fare alike."""
+    third = len(values) // 3
     if third < 30:
         return False
-    first, middle, last = (waits[i * third : (i + 1) * third] for i in range(3))
+    first, middle, last = (values[i * third : (i + 1) * third] for i in range(3))
     means = [fmean(part) for part in (first, middle, last)]
     if not means[0] < means[1] < means[2] or means[2] < 1.25 * means[0]:
         return False

@@ -20,14 +20,16 @@ so that the first T with an answer is the least there is. Nothing is left out be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from distserve.plan import InstanceSpec, Plan, Role
 from distserve.planner.ask import Climb, Descent, Question, World, ask, climb, descend
 from distserve.planner.bounds import Bounds
 from distserve.planner.candidates import (
     Deployment,
+    Shape,
     colocated_spec,
     decode_spec,
     pairs_of,
@@ -43,8 +45,13 @@ from distserve.planner.pack import pack
 
 DISAGGREGATED = "disaggregated"
 COLOCATED = "colocated"
-KINDS = (DISAGGREGATED, COLOCATED)
+MIXED = "mixed"  # colocated instances beside disaggregated ones
+KINDS = (DISAGGREGATED, COLOCATED, MIXED)
+_SMALL = 8  # devices of a deployment up to which every mixture is judged
+_SHAPES, _MIXTURES = 3, 6  # beyond: of how many shapes for each role, and how many of each number of devices
+_POOLED = 1.1  # what a mixture attains over its parts at most: a burst that one cannot take the other may
 _LENIENT = 0.97  # of the rate that is needed
+_SURELY = 1 + 1e-6  # a rate that was missed is missed, whatever its last digit
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +107,25 @@ class Search:
     ) -> list[Found]:
         """All deployments that attain the goal at `rate` with the fewest devices, from `least` on; empty: none does.
         `limit` (0: none): so many of each number of devices are judged, the most promising."""
-        kinds = tuple(kinds)
-        for number in range(least, min(most or self.max_devices, self.max_devices) + 1):
-            found = self.with_devices(number, rate, kinds, limit)
-            if found:
-                return found
-        return []
+        pure = [kind for kind in kinds if kind != MIXED]
+        most = min(most or self.max_devices, self.max_devices)
+        found: list[Found] = []
+        for number in range(least, most + 1):
+            if found := self.with_devices(number, rate, pure, limit):
+                break
+        if MIXED not in kinds:
+            return found
+        until = found[0].num_devices if found else most
+        for number in range(max(least, 3), until + 1):
+            if mixed := self.with_devices(number, rate, [MIXED], limit or (0 if number <= _SMALL else _MIXTURES)):
+                return mixed + (found if number == until else [])
+        return found
 
     def with_devices(self, number: int, rate: float, kinds: Iterable[str] = KINDS, limit: int = 0) -> list[Found]:
         """Those of exactly so many devices."""
         kinds = tuple(kinds)
         while True:
-            alive = [d for d in self.deployments(number, rate, kinds) if self._may(d, rate)]
+            alive = [d for d in self.deployments(number, rate, kinds) if self.promise(d) > rate * _SURELY]
             open_questions = self._open(alive, rate)
             if not open_questions:
                 break
@@ -133,11 +147,14 @@ class Search:
         """The deployments with the highest goodput, to this tolerance, with the devices that there are; best first.
 
         Only those that leave no room for another instance: more instances attain no less."""
-        pool, best = self._largest(tuple(kinds)), list[Found]()
-        target, lost = 0.0, set[Deployment]()
+        kinds, target, lost = tuple(kinds), 0.0, set[Deployment]()
+        pool, best = self._largest([kind for kind in kinds if kind != MIXED]), list[Found]()
         while True:
             alive = [d for d in pool if d not in lost and self.promise(d) > target]
             head = sorted(alive, key=lambda d: -self.promise(d))[:8]
+            if not head and MIXED in kinds:
+                pool, kinds = self._largest_mixtures(target), ()
+                continue
             if not head:
                 return best
             if wanted := self._open(head, target):
@@ -162,7 +179,15 @@ class Search:
             if plan and (verdict.attains or not rate)
         ]
 
-    def _largest(self, kinds: tuple[str, ...]) -> list[Deployment]:
+    def _largest_mixtures(self, rate: float) -> list[Deployment]:
+        found: list[Deployment] = []
+        for number in range(max(3, self.max_devices - self.smallest + 1), self.max_devices + 1):
+            promising = (d for d in self._mixtures(number) if self.promise(d) > rate)
+            ordered = sorted(promising, key=lambda d: -self.promise(d))
+            found += ordered if number <= _SMALL else ordered[: 2 * _MIXTURES]
+        return found
+
+    def _largest(self, kinds: Sequence[str]) -> list[Deployment]:
         found = []
         for number in range(max(1, self.max_devices - self.smallest + 1), self.max_devices + 1):
             found += list(self.deployments(number, 0.0, [kind for kind in kinds if not self._copied(kind)]))
@@ -183,6 +208,8 @@ class Search:
         for kind in kinds:
             if kind == COLOCATED:
                 yield from self._colocations(number)
+            elif kind == MIXED:
+                yield from self._mixtures(number)
             elif self.low_affinity:
                 yield from self._copies(number)
             else:
@@ -215,25 +242,61 @@ class Search:
                 for policy in policies(self.world.costs, self.world.cluster):
                     yield Deployment((colocated_spec(shape, count, policy),))
 
-    # -- what is ruled out ---------------------------------------------------------------------------------------------
+    def _mixtures(self, number: int) -> Iterator[Deployment]:
+        """Inside a node where KV stays there."""
+        if not self.low_affinity:
+            yield from self._beside(number)
+            return
+        for size in range(3, max(self.world.cluster.node_sizes) + 1):
+            if number % size == 0:
+                for one in self._beside(size):
+                    yield replace(one, copies=number // size, span=1)
 
-    def _may(self, deployment: Deployment, rate: float) -> bool:
-        share = rate / deployment.copies
-        return all(
-            self.bounds.most(spec) * spec.count >= share and self.known.attains(spec, share) is not False
-            for spec in deployment.groups
+    def _beside(self, number: int) -> Iterator[Deployment]:
+        first, second, third = (
+            self._best(of_role, role, number)
+            for of_role, role in (
+                (self._prefill, Role.PREFILL),
+                (self._decode, Role.DECODE),
+                (self._colocated, Role.COLOCATED),
+            )
         )
+        for together in third:
+            for count in range(1, number // together.num_ranks + 1):
+                left = number - count * together.num_ranks
+                for one, other in product(first, second):
+                    for n, m in pairs_of(one, other, left):
+                        for policy in policies(self.world.costs, self.world.cluster):
+                            apart = prefill_spec(one, n), decode_spec(other, m)
+                            yield Deployment((*apart, colocated_spec(together, count, policy)))
+
+    def _best(self, of_role: list[Shape], role: Role, number: int) -> list[Shape]:
+        """The shapes that promise most for a device; all for a few devices."""
+        if number <= _SMALL:
+            return of_role
+
+        def promise(shape: Shape) -> float:
+            spec = InstanceSpec(role, shape.tp, shape.pp, CELL)
+            return min(self.bounds.most(spec) * CELL, self.known.above(spec)) / shape.num_ranks
+
+        return sorted(of_role, key=promise, reverse=True)[:_SHAPES]
+
+    # -- what is ruled out ---------------------------------------------------------------------------------------------
 
     def promise(self, deployment: Deployment) -> float:
         """Requests/s that it may attain at most, as far as is known."""
-        return deployment.copies * min(
-            min(self.bounds.most(spec) * spec.count, self.known.above(spec)) for spec in deployment.groups
-        )
+        by_role = dict.fromkeys(Role, 0.0)
+        for spec in deployment.groups:
+            by_role[spec.role] += min(self.bounds.most(spec) * spec.count, self.known.above(spec))
+        apart, together = min(by_role[Role.PREFILL], by_role[Role.DECODE]), by_role[Role.COLOCATED]
+        return deployment.copies * (apart + together) * (_POOLED if apart and together else 1.0)
 
     def _open(self, alive: list[Deployment], rate: float) -> list[tuple[InstanceSpec, float]]:
         """Phases that nothing is known of at the rates at which they are needed."""
         found: dict[InstanceSpec, float] = {}
         for deployment in alive:
+            if len(deployment.groups) > 2:
+                continue  # which part of a mixture gets which share is the router's to say
             share = rate / deployment.copies
             for spec in deployment.groups:
                 cell = replace(spec, count=min(spec.count, CELL))
