@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from distserve.errors import PlanError
 
@@ -58,8 +59,7 @@ class Sharding:
         return rank_heads(self.num_kv_heads, self.tp, rank % self.tp)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Layers and KV heads that `target`, a rank of one instance, reads from `source`, a rank of another."""
 
     source: int
@@ -72,16 +72,17 @@ def parts(source: Sharding, target: Sharding) -> Iterator[Part]:
     """All that the ranks of `target` read from those of `source`, target by target, by layers and then heads: together
     what each holds, nothing twice. Where several source ranks hold the same head, its readers take turns."""
     assert (source.num_kv_heads, source.num_layers) == (target.num_kv_heads, target.num_layers), "not the same model"
+    first_ranks = [(rank, source.layers(rank)) for rank in range(0, source.num_ranks, source.tp)]  # of each stage
     for rank in range(target.num_ranks):
         wanted = target.layers(rank)
         stage, place = divmod(rank, target.tp)
         reader = stage * target.copies + place % target.copies  # among all readers of its heads, in whatever stage
-        for there in range(source.pp):
-            held = source.layers(there * source.tp)
+        holders = list(_holders(source, target.heads(rank), reader))
+        for first_rank, held in first_ranks:
             layers = range(max(held.start, wanted.start), min(held.stop, wanted.stop))
             if layers:
-                for holder, heads in _holders(source, target.heads(rank), reader):
-                    yield Part(there * source.tp + holder, rank, layers, heads)
+                for holder, heads in holders:
+                    yield Part(first_rank + holder, rank, layers, heads)
 
 
 def _holders(source: Sharding, wanted: range, reader: int) -> Iterator[tuple[int, range]]:
