@@ -27,6 +27,8 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 
+OPT = {"num_key_value_heads": None, "ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gqa": ("Llama", {}),
     "mha": ("Llama", {"num_key_value_heads": 4}),
@@ -48,8 +50,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
     "qwen3 biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "qwen3 sharded": ("Qwen3", {"head_dim": 32, "max_shard_size": "60KB"}),
+    "opt": ("OPT", OPT),
+    "opt untied": ("OPT", {**OPT, "tie_word_embeddings": False}),
+    "opt sharded": ("OPT", {**OPT, "max_shard_size": "60KB"}),
 }
-FAMILIES = ("gqa", "qwen2", "qwen3")  # a case of each family
+FAMILIES = ("gqa", "qwen2", "qwen3", "opt")  # a case of each family
 
 
 def pool(model: Model, num_blocks: int) -> KVCache:

@@ -3,7 +3,7 @@
 from distserve.engine.layers.activation import silu_mul
 from distserve.engine.layers.attention import StepLayout, attention, rope_attention
 from distserve.engine.layers.linear import Embedding, GatedLinear, Head, Linear, MergedLinear
-from distserve.engine.layers.norm import add_rms_norm, rms_norm
+from distserve.engine.layers.norm import add_layer_norm, add_rms_norm, rms_norm
 from distserve.engine.layers.rope import Rotary
 from distserve.engine.layers.stack import AttentionShape, BlockParts, Stack
 
@@ -18,6 +18,7 @@ __all__ = [
     "Rotary",
     "Stack",
     "StepLayout",
+    "add_layer_norm",
     "add_rms_norm",
     "attention",
     "rms_norm",

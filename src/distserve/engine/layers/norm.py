@@ -1,8 +1,9 @@
-"""RMS normalisation, alone and fused with the residual addition before it; knows nothing of models."""
+"""RMS normalisation, alone and fused with the residual addition before it, and LayerNorm; knows nothing of models."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distserve.engine import kernels
@@ -33,3 +34,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * weight.float()).to(weight.dtype)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(LayerNorm of `residual + x` in `x`'s dtype, `residual + x`), both [T, C]; `residual` is fp32. In plain torch
+    everywhere; each row is reduced by itself, so that it does not depend on its batch."""
+    total = residual + x
+    return F.layer_norm(total, weight.shape, weight.float(), bias.float(), eps).to(x.dtype), total
