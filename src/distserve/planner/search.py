@@ -158,7 +158,8 @@ class Search:
             if not head:
                 return best
             if wanted := self._open(head, target):
-                self._settle([(spec, 0.7 * self.bounds.most(spec) * spec.count) for spec, _ in wanted])
+                self._settled.update(wanted)
+                self._settle([(spec, max(rate, 0.7 * self.bounds.most(spec) * spec.count)) for spec, rate in wanted])
                 continue
             chunk = [d for d in head if pack(d, self.world.cluster)][:4]
             lost.update(chunk or head)
