@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from distserve.errors import PullError
 from distserve.specs import KVLayout
+from distserve.transfer import shm
 from distserve.transfer.base import KVHandle, KVSource
 from distserve.transfer.memory import SharedMemory, attach
 from distserve.transfer.shm import ShmSource, ShmTransport
@@ -141,3 +145,57 @@ def test_closing_leaves_no_file_descriptor() -> None:
     memory.close()
     memory.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_large_memory_is_touched_and_attached_without_a_change() -> None:
+    """Page tables of large pages, holes behind what was taken, a size that is no multiple of a page."""
+    memory = SharedMemory((9 << 20) + 77)
+    written = random.Random(2).randbytes(3 << 20)
+    memory.buffer[1000 : 1000 + len(written)] = written
+    memory.touch(5 << 20)
+    view = attach(memory.path, memory.size)
+    assert len(view) == len(memory.buffer) == memory.size
+    assert bytes(view[1000 : 1000 + len(written)]) == written
+    assert not any(view[:1000])
+    assert not any(view[1000 + len(written) :])
+    memory.buffer[-1] = 7
+    assert view[-1] == 7
+    memory.close()
+    assert view[-1] == 7  # the pages live as long as somebody sees them
+
+
+def test_large_memory_is_unmapped_with_its_last_view() -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("distserve-kv") if sys.platform == "linux" else 0
+
+    gc.collect()
+    before = mappings()
+    memory = SharedMemory(4 << 20)
+    part = memory.buffer[:10]
+    memory.close()
+    assert not any(part)
+    del part
+    gc.collect()
+    assert mappings() == before
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+async def test_small_and_large_pulls_keep_the_same_promises(
+    memory: SharedMemory,
+    source: ShmSource,
+    target: SharedMemory,
+    transport: ShmTransport,
+    limit: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shm, "AT_ONCE", limit)
+    promised = handle(source, [3, 4])
+    await transport.pull(promised, [0, 1])
+    assert [block(target, i) for i in (0, 1)] == [block(memory, i) for i in (3, 4)]
+    memory.buffer[4 * LAYOUT.block_bytes + 77] ^= 1
+    with pytest.raises(PullError) as damaged:
+        await transport.pull(promised, [0, 1])
+    source.generations[3] += 1
+    with pytest.raises(PullError) as reused:
+        await transport.pull(promised, [0, 1])
+    assert (damaged.value.reason, reused.value.reason) == ("digest", "generation")

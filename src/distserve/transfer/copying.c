@@ -24,7 +24,7 @@
 #define WORDS 8
 #define LINE 64                /* bytes: WORDS words */
 #define ROUND (PARTS * LINE)   /* a line of each part */
-#define AHEAD 256              /* bytes of each part that are asked for before their turn */
+#define AHEAD 512              /* bytes of each part that are asked for before their turn */
 #define FACTOR 0x9E3779B97F4A7C15u
 
 typedef uint64_t Line __attribute__((vector_size(LINE), may_alias));
