@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import builtins
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from distserve import cli
@@ -63,7 +65,7 @@ def test_an_slo_that_cannot_be_met_is_no_plan_and_names_the_nearest(
     assert cli.main(asked) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert len(err.splitlines()) == 1
+    assert len(err.splitlines()) == 2
     assert "no deployment of up to 2 devices meets ttft 0.02 s, tpot 0.2 s" in err
     nearest = err.partition("ttft ")[2].partition("ttft ")[2].split(" s")[0]
     assert 0.02 < float(nearest) < 0.1
@@ -134,6 +136,26 @@ def test_a_plot_without_matplotlib_names_the_extra(
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main([*ARGUMENTS, "--plot", str(tmp_path / "plan.png")]) == 2
     assert "distserve[plots]" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_search_and_its_processes(tmp_path: Path) -> None:
+    arguments = [*("plan", "--model", "facebook/opt-66b", "--cluster", "a100-4x8", "-w", "sharegpt", "-j", "2")]
+    arguments += ["--slo", "ttft=2.5,tpot=0.15", "-o", str(tmp_path / "plan.toml")]
+    command = [sys.executable, "-m", "distserve", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "choosing a plan" in process.stderr.readline()
+        parent = psutil.Process(process.pid)
+        while not parent.children(recursive=True):
+            assert process.poll() is None
+        children = parent.children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines() == ["distserve: stopped: no plan was chosen"]
+    assert not psutil.wait_procs(children, timeout=30)[1]
+    assert not (tmp_path / "plan.toml").exists()
 
 
 # The same from Python

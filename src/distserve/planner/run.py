@@ -64,7 +64,7 @@ def run(options: Options) -> int:
         curves=options.plot is not None,
     )
     try:
-        with show.progress() as say:
+        with show.progress(f"choosing a plan for {options.model} on {wish.cluster_name}") as say:
             answer = choose(wish, costs, say)
     except KeyboardInterrupt:
         show.say("stopped: no plan was chosen")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from distserve.metrics import Summary
@@ -21,15 +21,16 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is looked at, where that is a terminal."""
+def progress(title: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is looked at, where that is a terminal; else only that it began."""
     console = Console(stderr=True)
     if not console.is_terminal:
+        say(title)
         yield lambda _: None
         return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = TextColumn(title), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task("choosing a plan", total=None)
+        task = bar.add_task("", total=None)  # nobody knows how many deployments there are to look at
         yield lambda text: bar.update(task, description=text)
 
 
