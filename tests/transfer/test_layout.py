@@ -95,7 +95,7 @@ def shardings(draw: st.DrawFn, num_layers: int, num_kv_heads: int) -> Sharding:
     return Sharding(num_kv_heads, tuple(end - first for first, end in pairwise(edges)), tp)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_stages_heads_and_blocks(data: st.DataObject) -> None:
     layers, heads = data.draw(st.integers(1, 10)), data.draw(st.integers(1, 12))
