@@ -7,14 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from tests.engine.oracle import distance
-from tests.engine.support import CPU, MiniScheduler, all_logits, greedy, load_model, make_checkpoint, reference_tokens
+from tests.engine.support import (
+    CPU,
+    MiniScheduler,
+    all_logits,
+    edit_config,
+    greedy,
+    load_model,
+    make_checkpoint,
+    reference_tokens,
+)
 from torch import Tensor
 
-from distserve.engine import kernels
+from distserve import specs
+from distserve.engine import hub, kernels
 from distserve.engine.kv_cache import KVCache, private_buffer
 from distserve.engine.layers import StepLayout
 from distserve.engine.models.base import Model
+from distserve.errors import ModelError
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -50,11 +63,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
     "qwen3 biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "qwen3 sharded": ("Qwen3", {"head_dim": 32, "max_shard_size": "60KB"}),
+    "gpt2": ("GPT2", {}),
+    "gpt2 untied": ("GPT2", {"tie_word_embeddings": False}),
+    "gpt2 inner": ("GPT2", {"n_inner": 90}),
+    "gpt2 sharded": ("GPT2", {"max_shard_size": "60KB"}),
     "opt": ("OPT", OPT),
     "opt untied": ("OPT", {**OPT, "tie_word_embeddings": False}),
     "opt sharded": ("OPT", {**OPT, "max_shard_size": "60KB"}),
 }
-FAMILIES = ("gqa", "qwen2", "qwen3", "opt")  # a case of each family
+FAMILIES = ("gqa", "qwen2", "qwen3", "opt", "gpt2", "gpt2 inner")  # a case of each family
+
+
+def checkpoint(folder: Path, case: str) -> Any:
+    """The transformers model of a case, saved in `folder`."""
+    family, changes = CASES[case]
+    if family != "GPT2":
+        return make_checkpoint(folder, family, **changes)
+    shard = changes.get("max_shard_size", "5GB")
+    options = {key: value for key, value in changes.items() if key != "max_shard_size"}
+    shape = {"vocab_size": 128, "n_positions": 512, "n_embd": 64, "n_layer": 3, "n_head": 4, "eos_token_id": 1}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**shape, bos_token_id=0, initializer_range=0.2, **options)
+    model = transformers.GPT2LMHeadModel(config).float().eval()
+    for name, parameter in model.named_parameters():  # norms and biases begin as constants: make them matter
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
 
 
 def pool(model: Model, num_blocks: int) -> KVCache:
@@ -74,8 +109,7 @@ def logits(model: Model, kv: KVCache, work: list[tuple[list[int], int, list[int]
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_greedy_tokens_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
-    family, changes = CASES[case]
-    reference = make_checkpoint(tmp_path, family, **changes)
+    reference = checkpoint(tmp_path, case)
     model = load_model(tmp_path)
     prompt = torch.randint(3, 128, (77,), generator=torch.Generator().manual_seed(2)).tolist()
     with torch.inference_mode():
@@ -88,8 +122,7 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(case: str, tmp_pat
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_a_mixed_batch_answers_as_each_alone(case: str, tmp_path: Path) -> None:
-    family, changes = CASES[case]
-    reference = make_checkpoint(tmp_path, family, **changes)
+    reference = checkpoint(tmp_path, case)
     model = load_model(tmp_path)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 2, 15, 16, 17, 90, 33)]
@@ -102,8 +135,7 @@ def test_a_mixed_batch_answers_as_each_alone(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunked_and_whole_prefill_agree_bit_by_bit(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    family, changes = CASES[case]
-    make_checkpoint(tmp_path, family, **changes)
+    checkpoint(tmp_path, case)
     model = load_model(tmp_path, dtype)
     prompt = torch.randint(3, 128, (100,), generator=torch.Generator().manual_seed(4)).tolist()
     answers = [
@@ -119,8 +151,7 @@ def test_a_sequence_does_not_notice_its_batch_nor_how_it_was_cut(case: str, tmp_
     library = kernels.load()
     if library is None or not library.tiles:
         pytest.skip("this processor has no AMX tiles: a library multiplies, which promises no equal bits")
-    family, changes = CASES[case]
-    make_checkpoint(tmp_path, family, **changes)
+    checkpoint(tmp_path, case)
     model = load_model(tmp_path, torch.bfloat16)
     generator = torch.Generator().manual_seed(5)
     prompt, other = (torch.randint(3, 128, (n,), generator=generator).tolist() for n in (100, 64))
@@ -137,8 +168,7 @@ def test_a_sequence_does_not_notice_its_batch_nor_how_it_was_cut(case: str, tmp_
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
 def test_half_precision_is_close_to_full(case: str, dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
-    family, changes = CASES[case]
-    reference = make_checkpoint(tmp_path, family, **changes)
+    reference = checkpoint(tmp_path, case)
     prompt = torch.randint(3, 128, (77,), generator=torch.Generator().manual_seed(2)).tolist()
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt])).logits[0]
@@ -158,3 +188,46 @@ def test_a_retry_goes_on_where_the_first_attempt_ended(tmp_path: Path) -> None:
     assert whole.output == tokens
     retried = replace(whole, output=tokens[:11])
     assert [token.id for token in MiniScheduler(model).run([retried])[1]] == tokens[11:]
+
+
+def test_a_gpt2_as_openai_saved_it(tmp_path: Path) -> None:
+    """Names without the output head's prefix, the causal mask stored beside the weights."""
+    reference = checkpoint(tmp_path, "gpt2")
+    file = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 512, 512) for i in range(3)}
+    save_file(tensors, file, {"format": "pt"})
+    prompt = list(range(3, 60))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(all_logits(load_model(tmp_path), prompt), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("gpt2", {"activation_function": "gelu"}, "'gelu'; GPT-2 is served with 'gelu_new' only"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "attention of another kind"),
+        ("gpt2", {"scale_attn_weights": False}, "attention of another kind"),
+        ("gpt2", {"n_inner": 80}, r"c_fc\.weight of shape \[64, 256\].*\[64, 80\]"),
+        ("gpt2", {"architectures": ["GPT2DoubleHeadsModel"]}, "does not generate text"),
+        ("opt", {"do_layer_norm_before": False}, "opt-350m"),
+        ("opt", {"word_embed_proj_dim": 32}, "opt-350m"),
+        ("opt", {"num_key_value_heads": 2}, "4 attention heads over 2 KV heads"),
+        ("qwen2", {"use_sliding_window": True}, "some of its layers"),
+    ],
+)
+def test_what_a_family_cannot_compute_is_refused(
+    case: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    checkpoint(tmp_path, case)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path)
+
+
+def test_a_family_without_a_module_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    monkeypatch.setitem(specs.FAMILIES, "llama", "alpaca")
+    with pytest.raises(ModelError, match="'alpaca' can be planned, but not served yet; served: gpt2, llama, opt"):
+        hub.read_spec(tmp_path)

@@ -58,14 +58,27 @@ def read_spec(path: Path) -> ModelSpec:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         return ModelSpec.from_gguf(file.metadata, shapes, file.vector("rope_freqs.weight"))
     generation = path / "generation_config.json"
-    spec = ModelSpec.from_config(
-        _read_json(path / "config.json"), _read_json(generation) if generation.exists() else None
-    )
+    config = _read_json(path / "config.json")
+    _refuse(config)
+    if config.get("architectures") == ["GPT2LMHeadModel"]:  # generates text, but is not called ...ForCausalLM
+        del config["architectures"]
+    spec = ModelSpec.from_config(config, _read_json(generation) if generation.exists() else None)
     if spec.family not in (served := _served()):
         raise ModelError(
             f"models of the family {spec.family!r} can be planned, but not served yet; served: {', '.join(served)}"
         )
     return spec
+
+
+def _refuse(config: dict[str, Any]) -> None:
+    """What a spec does not tell and a family's module does not compute."""
+    if config.get("model_type") != "gpt2":
+        return
+    if (act := config.get("activation_function", "gelu_new")) not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise ModelError(f"the checkpoint's activation is {act!r}; GPT-2 is served with 'gelu_new' only")
+    scales = config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True)
+    if scales or config.get("add_cross_attention"):
+        raise ModelError("the checkpoint is a GPT-2 with attention of another kind, which is not served; take OpenAI's")
 
 
 def _served() -> list[str]:

@@ -22,7 +22,7 @@ from distserve.engine.parallel import ALONE, Rank, share
 from distserve.errors import ModelError
 
 # Saved although they are computed from the configuration.
-_COMPUTED = (".rotary_emb.inv_freq", ".attn.masked_bias", "rope_freqs.weight")
+_COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rope_freqs.weight")
 
 Slices = tuple[slice, ...]
 
@@ -47,7 +47,9 @@ def load(
 ) -> None:
     """Fills the modules of `model` (on the meta device) from the checkpoint at `path` and packs them."""
     with ExitStack() as stack:
-        checkpoint: Checkpoint = GGUFCheckpoint(path, model) if path.is_file() else SafetensorsCheckpoint(path, stack)
+        checkpoint: Checkpoint = (
+            GGUFCheckpoint(path, model) if path.is_file() else SafetensorsCheckpoint(path, stack, model.prefix)
+        )
         slots = model.slots()
         _check(checkpoint, slots, model)
         todo: dict[str, list[Slot]] = {}
@@ -80,10 +82,10 @@ def _check(checkpoint: Checkpoint, slots: list[Slot], model: Model) -> None:
             f"the checkpoint {path} lacks {len(missing)} tensors, first {missing[0]}; it is incomplete, fetch it again"
         )
     for slot in slots:
-        if shapes[slot.source] != slot.shape:
+        if shapes[slot.source] != slot.stored_shape:
             raise ModelError(
                 f"the checkpoint {path} holds {slot.source} of shape {list(shapes[slot.source])}, its configuration "
-                f"says {list(slot.shape)}; the two do not belong together"
+                f"says {list(slot.stored_shape)}; the two do not belong together"
             )
     known = {slot.source for slot in slots}
     known |= {"lm_head.weight"} if model.spec.tied_embeddings else set()
@@ -96,9 +98,10 @@ def _check(checkpoint: Checkpoint, slots: list[Slot], model: Model) -> None:
 
 
 class SafetensorsCheckpoint:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` lists. Open until `stack` closes."""
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` lists. Open until `stack` closes. Where no
+    name begins with `prefix`, all are taken to."""
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
+    def __init__(self, path: Path, stack: ExitStack, prefix: str = "") -> None:
         from safetensors import SafetensorError, safe_open
 
         self.path = path
@@ -112,9 +115,13 @@ class SafetensorsCheckpoint:
             for name in opened.keys():  # noqa: SIM118
                 self._files[name] = opened
                 self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+        self._left_out = "" if any(name.startswith(prefix) for name in self.shapes) else prefix
+        self.shapes = {self._left_out + name: shape for name, shape in self.shapes.items()}
 
     def read(self, slot: Slot, slices: Slices, into: Tensor) -> None:
-        into.copy_(self._files[slot.source].get_slice(slot.source)[slices])
+        name = slot.source.removeprefix(self._left_out)
+        values = self._files[name].get_slice(name)[slot.stored_slices(slices)]
+        into.copy_(values.T if slot.transposed and values.dim() > 1 else values)
 
 
 def _shards(path: Path) -> list[Path]:

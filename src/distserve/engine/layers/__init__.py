@@ -1,6 +1,6 @@
 """What models are made of, each with one plain torch form and, where it pays, a CPU kernel. Imports no model."""
 
-from distserve.engine.layers.activation import silu_mul
+from distserve.engine.layers.activation import gelu_tanh, silu_mul
 from distserve.engine.layers.attention import StepLayout, attention, rope_attention
 from distserve.engine.layers.linear import Embedding, GatedLinear, Head, Linear, MergedLinear
 from distserve.engine.layers.norm import add_layer_norm, add_rms_norm, rms_norm
@@ -21,6 +21,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "gelu_tanh",
     "rms_norm",
     "rope_attention",
     "silu_mul",

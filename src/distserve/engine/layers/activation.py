@@ -1,7 +1,10 @@
-"""The gated activation between the two halves of an MLP."""
+"""The activations between the two halves of an MLP."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,3 +22,13 @@ def silu_mul_reference(x: Tensor) -> Tensor:
     """`silu_mul` in plain torch."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU as GPT-2 approximates it (Hendrycks and Gimpel 2016, section 2), in fp32 and rounded once.
+
+    Spelled out: `F.gelu` computes the last elements of a tensor otherwise than the rest, so that a token's value would
+    depend on how many are in the batch."""
+    wide = x.float()
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    return (0.5 * wide * (1 + torch.tanh(inner))).to(x.dtype)

@@ -25,17 +25,36 @@ class Slot:
     source: str  # its name in a Hugging Face checkpoint
     module: str  # path of the module that holds it; the loader fills a module as a whole, then packs it
     parameter: str  # its name in that module
-    shape: tuple[int, ...]  # in the checkpoint
+    shape: tuple[int, ...]  # in the checkpoint, were it neither transposed nor fused
     split: Split = Split.REPLICATED
     units: int = 1  # indivisible groups on the divided axis
     part: int | None = None  # which part of a `MergedLinear` it fills
     rotated_heads: int = 0  # queries and keys: how many heads its rows are (GGUF orders rows within a head differently)
+    transposed: bool = False  # the checkpoint has (columns, rows): input features first
+    fused: int = 1  # the checkpoint's tensor is this many such parts, one under the other; this slot is number `part`
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the checkpoint's tensor."""
+        shape = (self.shape[0] * self.fused, *self.shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+    def stored_slices(self, slices: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where `slices` of this slot lie in the checkpoint's tensor."""
+        rows = slices[0]
+        if self.fused > 1:
+            assert self.part is not None
+            first = self.part * self.shape[0]
+            rows = slice(rows.start + first, rows.stop + first)
+        found = (rows, *slices[1:])
+        return found[::-1] if self.transposed else found
 
 
 class Model(nn.Module):
     """What the runner drives. Built on the meta device, filled by `weights.load`."""
 
     spec: ModelSpec
+    prefix: str = ""  # begins the tensors' names, but not in a checkpoint saved without its output head
 
     def slots(self) -> list[Slot]:
         """Every tensor that the checkpoint must hold."""
