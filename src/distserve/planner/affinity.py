@@ -1,11 +1,13 @@
-"""Which algorithm: may KV move between nodes, or must it stay inside them. Knows bandwidths and lengths."""
+"""What links bear: may KV move between nodes, or must it stay inside them. Knows bandwidths and lengths."""
 
 from __future__ import annotations
 
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs
 from distserve.costs.memory import kv_token_bytes
-from distserve.costs.network import Links
+from distserve.costs.network import Link, Links
+from distserve.costs.seats import Seats
+from distserve.plan import Plan, Role
 from distserve.planner.demand import Demand
 
 _BUSY = 0.5  # share of the nodes' network that pulls may take
@@ -34,3 +36,18 @@ def low_affinity(costs: Costs, cluster: Cluster, demand: Demand, rate: float | N
     if busy > _BUSY:
         return True, f"{facts}: {offered:g} requests/s would take {busy:.0%} of the network"
     return False, f"{facts}, {busy:.0%} of the network at {offered:g} requests/s"
+
+
+def network_bound(costs: Costs, cluster: Cluster, demand: Demand, plan: Plan) -> float:
+    """Requests/s whose KV the links of a seated plan can move, where each decode instance takes as many as the others
+    from each prefill instance: a router that does not know nodes spreads them so. Infinite without pulls."""
+    links = Links(cluster)
+    seats = {role: [Seats(r.devices, r.spec.tp, r.spec.pp) for r in plan.replicas() if r.role is role] for role in Role}
+    pairs = [(one, other) for one in seats[Role.PREFILL] for other in seats[Role.DECODE]]
+    pulled = [request.prompt_tokens for request in demand.workload if request.output_tokens > 1]
+    size = sum(pulled) / len(demand.workload) * kv_token_bytes(costs.spec, dtype=costs.dtype)
+    seconds: dict[Link, float] = {}  # of each link, for a request
+    for one, other in pairs:
+        for link, share in links.route(costs.spec, one, other).loads:
+            seconds[link] = seconds.get(link, 0.0) + share * size / len(pairs) / links.capacity(link)
+    return 1 / max(seconds.values(), default=0.0) if seconds and size else float("inf")

@@ -184,7 +184,7 @@ class _Choice:
             other = next(iter(search.highest([wanted])), None)
         elif other is None and self._rate is not None:
             least = best.num_devices
-            other = next(iter(search.fewest(self._rate, [wanted], least=least, most=3 * least, limit=4)), None)
+            other = next(iter(search.fewest(self._rate, [wanted], least=least, most=2 * least, limit=4)), None)
         runner_up = ranked[0] if ranked else other
         if self._rate is None:
             return [], runner_up, other

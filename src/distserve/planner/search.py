@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from distserve.plan import InstanceSpec, Plan, Role
+from distserve.planner.affinity import network_bound
 from distserve.planner.ask import Climb, Descent, Question, World, ask, climb, descend
 from distserve.planner.bounds import Bounds
 from distserve.planner.candidates import (
@@ -51,6 +52,7 @@ _SMALL = 8  # devices of a deployment up to which every mixture is judged
 _SHAPES, _MIXTURES = 3, 6  # beyond: of how many shapes for each role, and how many of each number of devices
 _POOLED = 1.1  # what a mixture attains over its parts at most: a burst that one cannot take the other may
 _LENIENT = 0.97  # of the rate that is needed
+_UNEVEN = 1.25  # times the rate that links can bear where pulls are spread evenly: they may be spread better
 _SURELY = 1 + 1e-6  # a rate that was missed is missed, whatever its last digit
 
 
@@ -130,13 +132,22 @@ class Search:
             if not open_questions:
                 break
             self._settle(open_questions)
-        plans = {d: plan for d in alive if (plan := pack(d, self.world.cluster, self.world.model))}
+        plans = {d: plan for d in alive if (plan := self._seated(d, rate))}
         alive = sorted(plans, key=lambda d: -self.promise(d))
         alive = alive[:limit] if limit else alive
         if alive:
             self._say(f"{number} devices: {len(alive)} deployments")
         verdicts = self.judge(alive, rate)
         return [Found(d, plans[d], verdict) for d, verdict in zip(alive, verdicts, strict=True) if verdict.attains]
+
+    def _seated(self, deployment: Deployment, rate: float) -> Plan | None:
+        """None: it cannot be seated, or its links cannot move the KV of so many requests."""
+        plan = pack(deployment, self.world.cluster, self.world.model)
+        apart = deployment.count(Role.DECODE) and not deployment.count(Role.COLOCATED)
+        if plan is None or not apart or deployment.span or self.world.cluster.nodes == 1:
+            return plan
+        costs, cluster = self.world.costs, self.world.cluster
+        return plan if rate <= _UNEVEN * network_bound(costs, cluster, self.demand, plan) else None
 
     @property
     def smallest(self) -> int:
@@ -347,7 +358,7 @@ class Search:
             return max(self.bounds.stay(spec) for spec in groups)
         return sum(self.bounds.stay(spec) for spec in groups)
 
-    def raise_(self, found: list[Found], rate: float, tolerance: float = 0.03) -> list[Found]:
+    def raise_(self, found: list[Found], rate: float, tolerance: float = 0.05) -> list[Found]:
         """With the goodput of each, roughly; best first. Below the first it is a bound that is not reached."""
         left = sorted(found, key=lambda each: -self.promise(each.deployment))
         ranked: list[Found] = []
