@@ -141,15 +141,17 @@ def _shards(path: Path) -> list[Path]:
 
 
 class GGUFCheckpoint:
-    """One GGUF file. It orders the rows of llama's queries and keys for its own rotation (pairs side by side, not half
-    a head apart); they are put back as they were trained."""
+    """One GGUF file. It orders the rows of llama's queries and keys (not qwen2's, nor qwen3's) for its own rotation
+    (pairs side by side, not half a head apart); they are put back as they were trained."""
 
     def __init__(self, path: Path, model: Model) -> None:
         import gguf
 
         self.path = path
         self._file = GGUFFile(path)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.spec.num_layers)
+        family = model.spec.family
+        self._reordered = family == "llama"
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], model.spec.num_layers)
         self._names = {}
         for slot in model.slots():
             stored = names.get_name(slot.source, try_suffixes=(".weight", ".bias"))
@@ -159,7 +161,7 @@ class GGUFCheckpoint:
 
     def read(self, slot: Slot, slices: Slices, into: Tensor) -> None:
         rows = np.arange(slot.shape[0])
-        if slot.rotated_heads:
+        if slot.rotated_heads and self._reordered:
             rows = rows.reshape(slot.rotated_heads, -1, 2).swapaxes(1, 2).reshape(-1)
         first = 0
         for piece in self._file.read(self._names[slot.source], rows[slices[0]]):
