@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,38 @@ ARGUMENTS = [
 ]
 
 
-def test_a_person_gets_a_table_and_a_plan_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "plan.toml"
-    assert cli.main([*ARGUMENTS, "-o", str(file)]) == 0
-    out, err = capsys.readouterr()
+@dataclass(frozen=True)
+class Told:
+    """What one command printed and wrote."""
+
+    out: str
+    err: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder = tmp_path_factory.mktemp("plan")
+    files = ["-o", "plan.toml", "--json", "answer.json", "--plot", "plan.svg"]
+    command = [sys.executable, "-m", "distserve", *ARGUMENTS, *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return Told(done.stdout, done.stderr, folder)
+
+
+def test_a_person_gets_a_table_and_a_plan_that_loads(told: Told) -> None:
     for word in ("plan", "goodput", "95% sure", "bottleneck", "runner-up", "TTFT", "TPOT", "queue", "node0:0"):
-        assert word in out, word
-    assert "wrote" in err
-    chosen = Plan.load(file)
+        assert word in told.out, word
+    assert "choosing a plan" in told.err
+    assert "wrote plan.toml" in told.err
+    chosen = Plan.load(told.folder / "plan.toml")
     assert chosen.model == "facebook/opt-13b"
     assert chosen.device == "a100-80g"
     assert all(replica.devices for replica in chosen.replicas())
 
 
-def test_a_program_gets_json_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*ARGUMENTS, "--json", "-"]) == 0
-    out, err = capsys.readouterr()
-    answer: dict[str, Any] = json.loads(out)
-    assert "goodput" in err
+def test_a_program_gets_json(told: Told) -> None:
+    answer: dict[str, Any] = json.loads((told.folder / "answer.json").read_text())
     goodput = answer["goodput"]
     assert 0 < goodput["low"] <= goodput["rate"] <= goodput["high"]
     assert goodput["rate"] > 4
@@ -57,20 +72,32 @@ def test_a_program_gets_json_and_nothing_else(capsys: pytest.CaptureFixture[str]
     assert sum(len(instance["devices"]) for instance in answer["instances"]) == answer["devices"]
 
 
-def test_an_slo_that_cannot_be_met_is_no_plan_and_names_the_nearest(
+def test_a_plot_is_drawn(told: Told) -> None:
+    assert "<svg" in (told.folder / "plan.svg").read_text()
+    [first, *_] = json.loads((told.folder / "answer.json").read_text())["curves"]
+    attained = [attainment for _, attainment in first["by_rate"]]
+    assert attained[0] > 0.9 > attained[-1]
+    assert [attainment for _, attainment in first["by_scale"]] == sorted(a for _, a in first["by_scale"])
+
+
+def test_json_on_stdout_is_alone_there_and_an_slo_out_of_reach_is_no_plan_but_names_the_nearest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "plan.toml"
-    asked = [*ARGUMENTS[:-1], "ttft=0.02,tpot=0.2", "-o", str(file)]
-    assert cli.main(asked) == 1
+    asked = [*ARGUMENTS[:4], "a100-1x1", *ARGUMENTS[5:-1]]
+    assert cli.main([*asked, "ttft=0.02,tpot=0.2", "-o", str(file)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 2
-    assert "no deployment of up to 2 devices meets ttft 0.02 s, tpot 0.2 s" in err
+    assert "no deployment of up to 1 devices meets ttft 0.02 s, tpot 0.2 s" in err
     nearest = err.partition("ttft ")[2].partition("ttft ")[2].split(" s")[0]
     assert 0.02 < float(nearest) < 0.1
     assert not file.exists()
-    assert cli.main([*ARGUMENTS[:-1], f"ttft={float(nearest) * 1.05},tpot=0.2"]) == 0, "what was named can be met"
+    named = f"ttft={float(nearest) * 1.05},tpot=0.2"
+    assert cli.main([*asked, named, "--json", "-"]) == 0, "what was named can be met"
+    out, err = capsys.readouterr()
+    assert json.loads(out)["devices"] == 1
+    assert "goodput" in err
 
 
 @pytest.mark.parametrize(
@@ -115,12 +142,6 @@ def test_bad_workloads_are_refused(rows: str, tmp_path: Path, capsys: pytest.Cap
     options = dict(zip(ARGUMENTS[1::2], ARGUMENTS[2::2], strict=True)) | {"-w": str(file)}
     assert cli.main(["plan", *[part for option in options.items() for part in option]]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_a_plot_is_drawn(tmp_path: Path) -> None:
-    file = tmp_path / "plan.svg"
-    assert cli.main([*ARGUMENTS, "--plot", str(file)]) == 0
-    assert "<svg" in file.read_text()
 
 
 def test_a_plot_without_matplotlib_names_the_extra(

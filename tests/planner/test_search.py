@@ -41,7 +41,7 @@ def everything(number: int) -> list[Deployment]:
     ("rate", "slo", "kinds"),
     [
         (8.0, "ttft=0.125,tpot=0.2", (DISAGGREGATED, COLOCATED)),
-        (30.0, "ttft=0.125,tpot=0.1", (DISAGGREGATED, COLOCATED)),
+        (30.0, "ttft=0.125,tpot=0.1", (DISAGGREGATED,)),
         (14.0, "ttft=0.2,tpot=0.04", (DISAGGREGATED,)),
         (25.0, "ttft=0.08,tpot=0.06", (DISAGGREGATED, COLOCATED)),
     ],
