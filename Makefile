@@ -38,6 +38,10 @@ bench: setup ## every benchmark; VLLM_PYTHON=path/to/python adds vLLM's column (
 	$(BIN)/python -m benchmarks.handoff
 	$(BIN)/python -m benchmarks.memory $(PEER)
 	$(BIN)/python -m benchmarks.startup $(PEER)
+	$(BIN)/python -m benchmarks.simulator
+	$(BIN)/python -m benchmarks.search
+	$(BIN)/python -m benchmarks.resharding
+	$(BIN)/python -m benchmarks.roofline
 
 paper: $(VENV)/.installed ## the paper's figures and tables, simulated beside its numbers: docs/guides/paper.md (minutes)
 	$(BIN)/python -m experiments $(ARGS)
