@@ -4,7 +4,7 @@ document; `gains.py` makes the headline ratios of what is kept here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.paper import curves, living, plots, systems
@@ -48,7 +48,7 @@ def run(lab: Lab, figure: str, names: Sequence[str]) -> dict[str, Any]:
 
 def _lengths(lab: Lab, case: Case, system: System) -> tuple[Length, Length]:
     quick = lab.quick
-    return living.as_published(system, case.requests_per_device, quick=quick), living.steady(system, quick=quick)
+    return living.as_published(system, case.requests_per_device, quick=quick), living.steady(quick=quick)
 
 
 def _xs(lab: Lab, figure: str, name: str, kind: str) -> list[float]:
@@ -59,14 +59,15 @@ def _xs(lab: Lab, figure: str, name: str, kind: str) -> list[float]:
 
 def at(curve: dict[str, Any], x: float) -> float | None:
     """Ours at one of the paper's x, of what was kept. Beyond the last point of a curve that was given up: 0."""
-    pairs = _pairs(curve)
-    for known, y in pairs:
-        if abs(known / x - 1) < 1e-4:
+    known = pairs(curve)
+    for near, y in known:
+        if abs(near / x - 1) < 1e-4:
             return y
-    return 0.0 if x > pairs[-1][0] and pairs[-1][1] < 0.05 else None
+    return 0.0 if x > known[-1][0] and known[-1][1] < 0.05 else None
 
 
-def _pairs(curve: dict[str, Any]) -> list[tuple[float, float]]:
+def pairs(curve: dict[str, Any]) -> list[tuple[float, float]]:
+    """(rate or scale, attainment) of what was kept."""
     return [(p["rate"], p["joint"]) if isinstance(p, dict) else (p[0], p[1]) for p in curve["points"]]
 
 
@@ -76,15 +77,13 @@ def _write(lab: Lab, figure: str, found: dict[str, Any]) -> None:
         for kind, by_system in kinds.items():
             published = load(figure)[name][kind]
             for system, by_length in by_system.items():
-                theirs = dict(points(published.get(PUBLISHED[system], [])))
-                xs = sorted({*theirs, *(x for curve in by_length.values() for x, _ in _pairs(curve))})
+                other = PUBLISHED.get(system, "")
+                theirs = dict(points(published.get(other, [])))
+                xs = sorted({*theirs, *(x for curve in by_length.values() for x, _ in pairs(curve))})
                 for x in xs:
                     mine = [at(by_length[length], x) for length in LENGTHS]
                     paper = theirs.get(x)
-                    rows.append(
-                        [name, kind, x, system, PUBLISHED[system], paper]
-                        + [None if y is None else 100 * y for y in mine]
-                    )
+                    rows.append([name, kind, x, system, other, paper] + [None if y is None else 100 * y for y in mine])
     head = ("case", "x_is", "x", "system", "paper_system", "paper_percent", "ours_as_published_percent")
     lab.table(figure, (*head, "ours_steady_percent"), rows)
 
@@ -98,10 +97,11 @@ def _draw(lab: Lab, figure: str, found: dict[str, Any]) -> None:
             xs = [x for curve in published.values() for x, _ in curve]
             for colour, (system, by_length) in enumerate(by_system.items()):
                 for length in LENGTHS:
-                    pairs = [(x, 100 * y) for x, y in _pairs(by_length[length]) if x <= 1.1 * max(xs)]
-                    plots.ours(panel, pairs, f"{system}, {length}", colour, faint=length == "as published")
-                if PUBLISHED[system] in published:
-                    plots.theirs(panel, points(published[PUBLISHED[system]]), f"{PUBLISHED[system]} (paper)", colour)
+                    inside = [(x, 100 * y) for x, y in pairs(by_length[length]) if x <= 1.1 * max(xs)]
+                    plots.ours(panel, inside, f"{system}, {length}", colour, faint=length == "as published")
+                other = PUBLISHED.get(system, "")
+                if other in published:
+                    plots.theirs(panel, points(published[other]), f"{other} (paper)", colour)
             plots.goal(panel, 100 * GOAL)
             panel.set_ylim(-3, 103)
             panel.set_xlim(0, 1.05 * max(xs))
@@ -111,7 +111,7 @@ def _draw(lab: Lab, figure: str, found: dict[str, Any]) -> None:
                 panel.invert_xaxis()
             if column == 0:
                 panel.set_ylabel("requests that meet both targets, %")
-    axes[0][0].legend(loc="lower left")
+    plots.legend(drawing, axes[0][0])
     lab.draw(figure, drawing)
 
 
@@ -120,30 +120,28 @@ def rate_table(figure: str, name: str, found: dict[str, Any]) -> str:
     by_system = found[name]["rate"]
     head = ["requests/s per device"]
     for system in by_system:
-        head += [f"{PUBLISHED[system]}, paper", f"{system}, {LENGTHS[0]}", LENGTHS[1]]
+        head += [f"{PUBLISHED.get(system)}, paper"] * (system in PUBLISHED) + [f"{system}, {LENGTHS[0]}", LENGTHS[1]]
     rows = []
     for x in sorted({x for curve in load(figure)[name]["rate"].values() for x, _ in curve}):
         row = [number(x)]
         for system, by_length in by_system.items():
-            paper = dict(points(load(figure)[name]["rate"].get(PUBLISHED[system], []))).get(x)
-            row.append(NONE if paper is None else f"{paper:.1f}")
+            if system in PUBLISHED:
+                paper = dict(points(load(figure)[name]["rate"].get(PUBLISHED[system], []))).get(x)
+                row.append(NONE if paper is None else f"{paper:.1f}")
             row += [percent(at(by_length[length], x)) for length in LENGTHS]
         rows.append(row)
     return table(head, rows)
 
 
-def distance(figure: str, name: str, system: str, found: dict[str, Any], kind: str = "rate") -> float | None:
-    """Mean absolute difference to the paper in points of attainment, at the paper's length of run."""
-    published = load(figure)[name][kind].get(PUBLISHED[system])
-    if published is None:
-        return None
-    curve = found[name][kind][system][LENGTHS[0]]
-    apart = [abs(100 * mine - y) for x, y in published if (mine := at(curve, x)) is not None]
-    return float(sum(apart) / len(apart))
+def differences(figure: str, name: str, system: str, found: dict[str, Any]) -> list[float]:
+    """Ours less the paper's at each of its rates and at its length of run, in points of attainment."""
+    curve = found[name]["rate"][system][LENGTHS[0]]
+    published = load(figure)[name]["rate"].get(PUBLISHED.get(system, ""), [])
+    return [100 * mine - y for x, y in points(published) if (mine := at(curve, x)) is not None]
 
 
-def section(figure: str, found: dict[str, Any]) -> str:
-    """Tables of a figure, and how far ours is from the paper's."""
+def section(figure: str, found: dict[str, Any], reasons: Mapping[str, str]) -> str:
+    """Tables of a figure, how far ours is from the paper's, and why."""
     parts = []
     for name in found:
         case = cases()[name]
@@ -154,6 +152,8 @@ def section(figure: str, found: dict[str, Any]) -> str:
             + _crossings(name, found)
             + "\n\n"
             + _distances(figure, name, found)
+            + "\n\n"
+            + reasons[name]
         )
     return "\n\n".join(parts)
 
@@ -166,9 +166,10 @@ def _crossings(name: str, found: dict[str, Any]) -> str:
     rows = []
     for system in found[name]["rate"]:
         curve, scale = found[name]["rate"][system], found[name]["scale"][system]
-        row = [f"{system} ({PUBLISHED[system]})", number(case.goodput.get(PUBLISHED[system]))]
+        other = PUBLISHED.get(system, "")
+        row = [f"{system} ({other})" if other else system, number(case.goodput.get(other))]
         row += [_goodput(curve[length]) for length in LENGTHS]
-        row.append(number(case.scale.get(PUBLISHED[system])))
+        row.append(number(case.scale.get(other)))
         row += [number(scale[length]["needed"]) + "*" * scale[length]["grows"] for length in LENGTHS]
         rows.append(row)
     return table(head, rows)
@@ -181,9 +182,15 @@ def _goodput(curve: dict[str, Any]) -> str:
 
 
 def _distances(figure: str, name: str, found: dict[str, Any]) -> str:
-    said = [
-        f"{system} {apart:.1f}"
-        for system in found[name]["rate"]
-        if (apart := distance(figure, name, system, found)) is not None
-    ]
-    return f"Mean distance to the paper's points at its length of run, in points of attainment: {listed(said)}."
+    said = []
+    for system in found[name]["rate"]:
+        apart = differences(figure, name, system, found)
+        if apart:
+            mean = sum(apart) / len(apart)
+            size = sum(map(abs, apart)) / len(apart)
+            largest = max(apart, key=abs)
+            said.append(
+                f"{system} is {size:.1f} points from {PUBLISHED[system]} ({abs(mean):.1f} "
+                f"{'above' if mean > 0 else 'below'} it on balance; {abs(largest):.1f} at the worst rate)"
+            )
+    return f"At the paper's length of run and on average over its rates, {listed(said)}."

@@ -31,7 +31,7 @@ class Point:
     tpot: float
     low: float  # steady: the interval of the joint attainment; as published: the worst and the best draw
     high: float
-    grows: bool  # queues grew to the end
+    grows: bool  # steady: queues grew to the end
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _point(found: Sample, slo: SLO, rate: float, published: bool) -> Point:
         float((found.tpot <= slo.tpot).mean()),
         low,
         high,
-        found.grows(),
+        not published and found.grows(slo),
     )
 
 
@@ -114,7 +114,7 @@ class Scales:
     rate: float
     points: tuple[tuple[float, float], ...]  # (factor, attainment)
     needed: float  # the smallest factor at which the goal is met; infinite: none
-    grows: bool  # queues grew to the end: a longer run needs a larger factor
+    grows: bool  # steady: queues grew to the end, so that a longer run needs a larger factor
 
 
 def scale_curve(
@@ -125,7 +125,8 @@ def scale_curve(
     needed = np.sort(found.needed(slo))
     points = tuple((scale, float((needed <= scale).mean())) for scale in sorted(scales))
     enough = float(needed[min(len(needed) - 1, int(np.ceil(GOAL * len(needed))) - 1)])
-    return Scales(system.name, length.name, rate, points, enough, found.grows())
+    grows = length.name == "steady" and found.grows(slo)
+    return Scales(system.name, length.name, rate, points, enough, grows)
 
 
 def crossing(points: Sequence[tuple[float, float]], goal: float = GOAL) -> float | None:

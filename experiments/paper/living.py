@@ -45,14 +45,14 @@ class Length:
 def as_published(system: System, per_device: int, *, quick: bool = False) -> Length:
     if quick:
         return Length("as published", 40, 2, fine=2.0)
-    return Length("as published", per_device * system.devices, 4 if system.piped else 10)
+    return Length("as published", per_device * system.devices, 5)
 
 
-def steady(system: System, *, quick: bool = False) -> Length:
+def steady(*, quick: bool = False) -> Length:
     """Long enough for the KV memory to fill: an answer takes 10 to 40 s."""
     if quick:
         return Length("steady", 60, 1, 0.1, 0.95, fine=2.0)
-    return Length("steady", 2000 if system.piped else 3000, 1 if system.piped else 2, 0.1, 0.95)
+    return Length("steady", 2500, 1, 0.1, 0.95)
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,15 @@ class Sample:
         """Attainment of each draw."""
         return [float(part.mean()) for part in np.array_split(self.met(slo), self.draws)]
 
-    def grows(self) -> bool:
-        """Whether those that come late wait much longer than those before: it is not a steady state."""
-        if not np.isfinite(self.ttft).all():
+    def grows(self, slo: SLO) -> bool:
+        """Whether those that come late need much longer targets than those before: there is no steady state, or it
+        comes later."""
+        needed = self.needed(slo)
+        if not np.isfinite(needed).all():
             return True
-        thirds = [np.array_split(draw, 3) for draw in np.array_split(self.ttft, self.draws)]
-        early, late = (float(np.median(np.concatenate([draw[at] for draw in thirds]))) for at in (0, 2))
-        return late > 2 * early
+        thirds = [np.array_split(draw, 3) for draw in np.array_split(needed, self.draws)]
+        early, late = (float(np.mean(np.concatenate([draw[at] for draw in thirds]))) for at in (0, 2))
+        return late > 1.5 * early
 
 
 @cache

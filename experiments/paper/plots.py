@@ -21,8 +21,6 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "legend.fontsize": 7,
 }
 
 
@@ -59,6 +57,14 @@ def theirs(axes: Axes, points: Sequence[tuple[float, float]], label: str, colour
 
 def mark(axes: Axes, x: float, y: float, shape: str, label: str, colour: int) -> None:
     axes.plot([x], [y], shape, color=COLOURS[colour], label=label, markersize=4, linestyle="none")
+
+
+def legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
+    """Below all drawings: what the lines of one of them are."""
+    handles, labels = axes.get_legend_handles_labels()
+    shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if not label.startswith("_")]
+    handles, labels = [handle for handle, _ in shown], [label for _, label in shown]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
 
 
 def goal(axes: Axes, y: float) -> None:

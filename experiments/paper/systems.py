@@ -2,12 +2,15 @@
 
 OPT-13B and OPT-66B run on the shipped fits of A100 measurements: DistServe's engine (`a100-80g`), and vLLM 0.2.3
 (`a100-80g-vllm`) where whole prompts go first, as vLLM worked then. Chunked prefill, as engines work now, is given the
-coefficients and the engine of DistServe: the hardware is the same, and what differs is the scheduling alone.
+coefficients and the engine of DistServe: the hardware is the same, and what differs is the scheduling alone. Whole
+prompts on those coefficients, too, say how much of a gain over vLLM is the scheduling's and how much the engine's.
 
 Nobody has published fits of OPT-175B. Its costs are the datasheet's, with the waits of engines that launch each kernel
-from Python (`roofline.EAGER`), and the engines' habits and memory as the shipped files have them, but for two that were
-observed with OPT-13B on single GPUs: KV moves over the links of the paper's cluster, and prompts are batched up to the
-knee, as the paper's section 4.3 has it (8,192 tokens of OPT-175B would take 3 s).
+from Python (`roofline.EAGER`), and the engines' habits and memory as the shipped files have them, but that prompts are
+batched up to the knee, as the paper's section 4.3 has it (8,192 tokens of OPT-175B would take 3 s).
+
+How fast KV is pulled was measured with OPT-13B, between single GPUs. Of larger models several ranks pull at once: their
+KV moves over the links of the paper's cluster.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from distserve.costs.estimate import EstimatedCosts
 from distserve.costs.profile import Profile
 from distserve.costs.roofline import EAGER
 from distserve.plan import InstanceSpec, Plan, Policy, Role
+from distserve.planner.choose import over_links
 from experiments.paper.published import Case
 
 DISTSERVE, VLLM = "a100-80g", "a100-80g-vllm"
+PULLED = "facebook/opt-13b"
 CLUSTER = Cluster.load("a100-4x8")  # section 6.1: four nodes of eight A100-80GB, 25 Gbit/s between them
 
-APART, WHOLE, CHUNKED = "DistServe", "whole prompts", "chunked"
+APART, WHOLE, CHUNKED, SWIFT = "DistServe", "whole prompts", "chunked", "whole prompts, same engine"
 # which published curve each is held against
 PUBLISHED = {APART: "DistServe", WHOLE: "vLLM", CHUNKED: "DeepSpeed-MII"}
 
@@ -46,11 +51,6 @@ class System:
     def devices(self) -> int:
         return self.plan.num_devices
 
-    @property
-    def piped(self) -> bool:
-        """Pipelines are simulated step by step, which takes ten times as long."""
-        return any(spec.pp > 1 for spec in self.plan.instances)
-
     def costs(self) -> Costs:
         return costs(self.model, self.costs_name)
 
@@ -60,7 +60,8 @@ def costs(model: str, name: str) -> Costs:
     """Of a shipped file, or with its engine on the datasheet where the file does not know the model."""
     profile = Profile.load(name)
     if model in profile.models:
-        return profile.costs(model)
+        known = profile.costs(model)
+        return known if model == PULLED else over_links(known)
     contents = profile.contents
     return EstimatedCosts(
         model_spec(model),
@@ -87,17 +88,23 @@ def apart(model: str, prefill: tuple[int, int], decode: tuple[int, int], name: s
     return System(name, model, Plan(tuple(specs)))
 
 
-def together(model: str, tp: int, policy: Policy, pp: int = 1, name: str | None = None) -> System:
-    """One colocated instance."""
-    whole = policy is Policy.PREFILL_FIRST
+def together(
+    model: str, tp: int, policy: Policy, pp: int = 1, *, name: str | None = None, swift: bool = False
+) -> System:
+    """One colocated instance. `swift`: whole prompts on DistServe's engine."""
     spec = InstanceSpec(Role.COLOCATED, tp, pp, policy=policy)
-    return System(name or (WHOLE if whole else CHUNKED), model, Plan((spec,)), VLLM if whole else DISTSERVE)
+    if policy is Policy.CHUNKED:
+        return System(name or CHUNKED, model, Plan((spec,)))
+    return System(name or (SWIFT if swift else WHOLE), model, Plan((spec,)), DISTSERVE if swift else VLLM)
 
 
 def of(case: Case) -> tuple[System, ...]:
-    """The paper's placement of DistServe, and its baseline's parallelism with both policies."""
-    return (
+    """The paper's placement of DistServe, and its baseline's parallelism in three ways (in two where both engines have
+    the datasheet's step times)."""
+    swift = together(case.model, case.baseline_tp, Policy.PREFILL_FIRST, swift=True)
+    found = (
         apart(case.model, case.prefill, case.decode),
         together(case.model, case.baseline_tp, Policy.PREFILL_FIRST),
         together(case.model, case.baseline_tp, Policy.CHUNKED),
     )
+    return (*found, swift) if case.model in Profile.load(DISTSERVE).models else found
