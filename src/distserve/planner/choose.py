@@ -72,7 +72,8 @@ def _shared_or_not(wish: Wish, world: World, jobs: Jobs, say: Callable[[str], No
     own = {app: _Choice(wish, world, jobs, say, app) for app in wish.demand.apps}
     found = {app: choice.search() for app, choice in own.items()}
     apart = sum(each[0].num_devices for each in found.values()) if all(found.values()) else 0
-    if not apart or (together and together[0].num_devices <= apart):
+    most = wish.max_devices or wish.cluster.num_devices
+    if not 0 < apart <= most or (together and together[0].num_devices <= apart):
         return shared.answer(together)
     answers: dict[str, Answer] = {}
     taken: list[str] = []

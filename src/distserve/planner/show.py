@@ -22,11 +22,18 @@ def say(message: str) -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is looked at, where that is a terminal; else only that it began."""
+    """A line on stderr that says what is looked at, where that is a terminal; else only that there is something."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        say(title)
-        yield lambda _: None
+        began = False
+
+        def once(_: str) -> None:
+            nonlocal began
+            if not began:
+                say(title)
+            began = True
+
+        yield once
         return
     columns = TextColumn(title), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
