@@ -49,7 +49,7 @@ COLOCATED = "colocated"
 MIXED = "mixed"  # colocated instances beside disaggregated ones
 KINDS = (DISAGGREGATED, COLOCATED, MIXED)
 _SMALL = 8  # devices of a deployment up to which every mixture is judged
-_SHAPES, _MIXTURES = 3, 6  # beyond: of how many shapes for each role, and how many of each number of devices
+_SHAPES, _MIXTURES = 3, 2  # beyond: of how many shapes for each role, and how many of each number of devices
 _POOLED = 1.1  # what a mixture attains over its parts at most: a burst that one cannot take the other may
 _LENIENT = 0.97  # of the rate that is needed
 _UNEVEN = 1.25  # times the rate that links can bear where pulls are spread evenly: they may be spread better
@@ -196,7 +196,7 @@ class Search:
         for number in range(max(3, self.max_devices - self.smallest + 1), self.max_devices + 1):
             promising = (d for d in self._mixtures(number) if self.promise(d) > rate)
             ordered = sorted(promising, key=lambda d: -self.promise(d))
-            found += ordered if number <= _SMALL else ordered[: 2 * _MIXTURES]
+            found += ordered if number <= _SMALL else ordered[: 4 * _MIXTURES]
         return found
 
     def _largest(self, kinds: Sequence[str]) -> list[Deployment]:
