@@ -56,34 +56,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral window": ("Mistral", {"sliding_window": 24}),
     "sharded": ("Llama", {"max_shard_size": "60KB"}),
     "qwen2": ("Qwen2", {}),
-    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2 sharded": ("Qwen2", {"max_shard_size": "60KB"}),
+    "qwen2 tied, sharded": ("Qwen2", {"tie_word_embeddings": True, "max_shard_size": "60KB"}),
     "qwen2 yarn rope": ("Qwen2", {"rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
-    "qwen3 tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3 tied, sharded": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "max_shard_size": "60KB"}),
     "qwen3 biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
-    "qwen3 sharded": ("Qwen3", {"head_dim": 32, "max_shard_size": "60KB"}),
     "gpt2": ("GPT2", {}),
-    "gpt2 untied": ("GPT2", {"tie_word_embeddings": False}),
+    "gpt2 untied, sharded": ("GPT2", {"tie_word_embeddings": False, "max_shard_size": "60KB"}),
     "gpt2 inner": ("GPT2", {"n_inner": 90}),
-    "gpt2 sharded": ("GPT2", {"max_shard_size": "60KB"}),
     "opt": ("OPT", OPT),
-    "opt untied": ("OPT", {**OPT, "tie_word_embeddings": False}),
-    "opt sharded": ("OPT", {**OPT, "max_shard_size": "60KB"}),
+    "opt untied, sharded": ("OPT", {**OPT, "tie_word_embeddings": False, "max_shard_size": "60KB"}),
 }
 FAMILIES = ("gqa", "qwen2", "qwen3", "opt", "gpt2", "gpt2 inner")  # a case of each family
 
 
-def checkpoint(folder: Path, case: str) -> Any:
+def checkpoint(folder: Path, case: str, **more: Any) -> Any:
     """The transformers model of a case, saved in `folder`."""
-    family, changes = CASES[case]
+    family, changes = CASES[case][0], {**CASES[case][1], **more}
     if family != "GPT2":
         return make_checkpoint(folder, family, **changes)
     shard = changes.get("max_shard_size", "5GB")
     options = {key: value for key, value in changes.items() if key != "max_shard_size"}
     shape = {"vocab_size": 128, "n_positions": 512, "n_embd": 64, "n_layer": 3, "n_head": 4, "eos_token_id": 1}
     torch.manual_seed(0)
-    config = transformers.GPT2Config(**shape, bos_token_id=0, initializer_range=0.2, **options)
+    config = transformers.GPT2Config(**{**shape, **options}, bos_token_id=0, initializer_range=0.2)
     model = transformers.GPT2LMHeadModel(config).float().eval()
     for name, parameter in model.named_parameters():  # norms and biases begin as constants: make them matter
         if parameter.dim() == 1:
