@@ -16,10 +16,10 @@ from distserve.errors import UsageError
 from distserve.plan import Role
 from distserve.planner.affinity import low_affinity
 from distserve.planner.answer import Alternative, Answer, Dedicated, InfeasibleError
-from distserve.planner.ask import World, ask, climb
+from distserve.planner.ask import Question, World, ask, climb
 from distserve.planner.curves import Curve, curves
 from distserve.planner.demand import Demand
-from distserve.planner.explain import bottleneck, measured, nearby, portrait
+from distserve.planner.explain import Portrait, bottleneck, measured, nearby, portrait
 from distserve.planner.goodput import FULL, QUICK
 from distserve.planner.jobs import Jobs
 from distserve.planner.nearest import nearest
@@ -126,29 +126,44 @@ class _Choice:
     def answer(self, found: list[Found] | None = None) -> Answer:
         """Raises `InfeasibleError`."""
         found = self.search() if found is None else found
-        if not found:
-            at = "at any rate" if self._rate is None else f"at {self._rate:g} requests/s"
-            cure = nearest(self._jobs, self._app, self._demand, self._rate, self._searching)
-            raise InfeasibleError(
-                f"no deployment of up to {self._search.max_devices} devices meets {self._demand.targets} for "
-                f"{self._demand.goal:.0%} of the requests {at}; {cure}"
-            )
-        ranked = found if self._rate is None else self._search.raise_(found[:_RANKED], self._rate)
-        return self._explained(ranked[0], ranked[1:])
+        while found:
+            ranked = found if self._rate is None else self._search.raise_(found[:_RANKED], self._rate)
+            best, seen, attains = ranked[0], *self._confirmed(ranked[0])
+            if attains or self._rate is None:
+                return self._explained(best, ranked[1:], seen)
+            self._search.rejected.add(best.deployment)
+            found = [each for each in found if each.deployment != best.deployment]
+            found = found or self._search.fewest(self._rate, least=best.num_devices)
+        at = "at any rate" if self._rate is None else f"at {self._rate:g} requests/s"
+        cure = nearest(self._jobs, self._app, self._demand, self._rate, self._searching)
+        raise InfeasibleError(
+            f"no deployment of up to {self._search.max_devices} devices meets {self._demand.targets} for "
+            f"{self._demand.goal:.0%} of the requests {at}; {cure}"
+        )
 
-    def _explained(self, best: Found, others: list[Found]) -> Answer:
+    def _confirmed(self, best: Found) -> tuple[Portrait, bool]:
+        """(how it fares in a long run, whether it attains the goal there, and with another seed)."""
+        question = self._asked(best)
+        copies = best.deployment.copies
+        self._say(f"confirming {best.deployment}")
+        seen, other = self._jobs.gather([(portrait, (question, copies)), (ask, replace(question, seed=1))])
+        self._search.simulated += other.requests + seen.report.requests
+        joint = [each.joint for each in seen.report.by_app.values()] or [seen.report.attainment.joint]
+        return seen, other.attains and min(joint) >= self._demand.goal
+
+    def _asked(self, best: Found) -> Question:
+        return replace(self._search.question(best.deployment, self._rate or best.goodput), length=FULL)
+
+    def _explained(self, best: Found, others: list[Found], seen: Portrait) -> Answer:
         search, rate = self._search, self._rate or best.goodput
         self._say(f"measuring {best.deployment}")
-        question = replace(search.question(best.deployment, rate), length=FULL)
-        copies = best.deployment.copies
+        question, copies = self._asked(best), best.deployment.copies
         others, runner_up, other_kind = self._others(best, others)
-        nearby_questions = nearby(question, best.goodput / copies)
+        questions = nearby(question, best.goodput / copies)
         climbs = [search.climbing(each, rate, 0.06, QUICK) for each in others]
-        calls = [(ask, q) for q in nearby_questions] + [(portrait, (question, copies))] + [(climb, c) for c in climbs]
-        answers = self._jobs.gather(calls)
-        near, seen = answers[: len(nearby_questions)], answers[len(nearby_questions)]
-        goodput, beyond = measured(best.goodput / copies, near, self._demand.goal, copies)
-        found = zip(others, answers[len(nearby_questions) + 1 :], strict=True)
+        answers = self._jobs.gather([(ask, q) for q in questions] + [(climb, c) for c in climbs])
+        goodput, beyond = measured(best.goodput / copies, answers[: len(questions)], self._demand.goal, copies)
+        found = zip(others, answers[len(questions) :], strict=True)
         raised = {other: _no_more(search.climbed(other, verdicts), other.goodput) for other, verdicts in found}
         runner_up = raised.get(runner_up, runner_up) if runner_up else None
         other_kind = raised.get(other_kind, other_kind) if other_kind else None

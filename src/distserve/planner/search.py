@@ -91,6 +91,7 @@ class Search:
         self.known = Known()
         self.bounds = Bounds(world.costs, self.demand)
         self.simulated = 0  # requests
+        self.rejected: set[Deployment] = set()  # a longer run said no
         self._jobs = jobs
         self._whose, self._scale = whose, scale
         self._say = say
@@ -127,7 +128,11 @@ class Search:
         """Those of exactly so many devices."""
         kinds = tuple(kinds)
         while True:
-            alive = [d for d in self.deployments(number, rate, kinds) if self.promise(d) > rate * _SURELY]
+            alive = [
+                d
+                for d in self.deployments(number, rate, kinds)
+                if self.promise(d) > rate * _SURELY and d not in self.rejected
+            ]
             open_questions = self._open(alive, rate)
             if not open_questions:
                 break
