@@ -5,7 +5,7 @@ and a transport moves. Knows no tensor and no file; it is read out of a configur
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # `model_type` of a Hugging Face configuration -> its family: the name of a module of `engine/models/`, where that is
 # written. A model whose family has none can be planned, but not served.
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "opt": "opt", "gpt2": "gpt2"}
+
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3")  # whose GGUF files can be read; the last two rotate halves, not pairs
 
 # Where a model type says it in other words than most: its key -> the common one.
 _WORDS = {
@@ -174,37 +176,43 @@ class ModelSpec:
         its tensor rope_freqs.weight, where it has one. Raises `ModelError`. The dtype is bfloat16: quantized weights
         are computed in it."""
         family = metadata.get("general.architecture")
-        if family != "llama":
-            raise ModelError(f"this GGUF file is of architecture {family!r}; supported in GGUF: 'llama'")
+        if family not in GGUF_FAMILIES:
+            known = ", ".join(GGUF_FAMILIES)
+            raise ModelError(f"this GGUF file is of architecture {family!r}; supported in GGUF: {known}")
+
+        def get(key: str, otherwise: Any = None) -> Any:
+            return metadata.get(f"{family}.{key}", otherwise)
 
         def number(key: str) -> int:
-            return _number(metadata, f"llama.{key}")
+            return _number(metadata, f"{family}.{key}")
 
         heads, hidden = number("attention.head_count"), number("embedding_length")
-        head_dim = int(metadata.get("llama.attention.key_length") or hidden // heads)
-        rotated = int(metadata.get("llama.rope.dimension_count") or head_dim)
+        head_dim = int(get("attention.key_length") or hidden // heads)
+        rotated = int(get("rope.dimension_count") or head_dim)
         if rotated != head_dim:
             raise ModelError(f"this GGUF file rotates {rotated} of {head_dim} dimensions a head; supported: all")
         if "token_embd.weight" not in shapes:
             raise ModelError("this GGUF file has no tensor token_embd.weight; it is truncated, fetch it again")
-        theta = float(metadata.get("llama.rope.freq_base", 10000.0))
-        rope = _gguf_rope(metadata) if rope_factors is None else _llama3_rope(rope_factors, theta, head_dim)
+        theta = float(get("rope.freq_base", 10000.0))
+        rope = _gguf_rope(get) if rope_factors is None else _llama3_rope(rope_factors, theta, head_dim)
         return cls(
             family=family,
             num_layers=number("block_count"),
             num_heads=heads,
-            num_kv_heads=int(metadata.get("llama.attention.head_count_kv") or heads),
+            num_kv_heads=int(get("attention.head_count_kv") or heads),
             head_dim=head_dim,
             hidden_size=hidden,
             ffn_size=number("feed_forward_length"),
             vocab_size=int(shapes["token_embd.weight"][0]),
             max_model_len=number("context_length"),
-            norm_eps=float(metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-6)),
+            norm_eps=float(get("attention.layer_norm_rms_epsilon", 1e-6)),
             rope_theta=theta,
             rope_scaling=rope,
-            sliding_window=metadata.get("llama.attention.sliding_window"),
+            sliding_window=get("attention.sliding_window"),
             tied_embeddings="output.weight" not in shapes,
-            attention_bias="blk.0.attn_q.bias" in shapes,
+            attention_bias="blk.0.attn_q.bias" in shapes and (family == "llama" or "blk.0.attn_output.bias" in shapes),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
             eos_token_ids=_ids(
                 metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")
             ),
@@ -217,7 +225,7 @@ def _family(config: Config) -> str:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"the checkpoint is of model type {model_type!r}, which is not among the known: {known}")
     architectures = config.get("architectures") or []
-    if architectures and not any(a.endswith("ForCausalLM") for a in architectures):
+    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
         raise ModelError(f"the checkpoint is a {architectures[0]}, which does not generate text; name a ...ForCausalLM")
     return FAMILIES[model_type]
 
@@ -274,12 +282,12 @@ def _rope(config: Config) -> tuple[dict[str, Any] | None, float]:
     return {"rope_type": kind, **rope}, theta
 
 
-def _gguf_rope(metadata: Config) -> dict[str, Any] | None:
-    kind = metadata.get("llama.rope.scaling.type", "none")
+def _gguf_rope(get: Callable[..., Any]) -> dict[str, Any] | None:
+    kind = get("rope.scaling.type", "none")
     if kind == "none":
         return None
-    rope: dict[str, Any] = {"rope_type": kind, "factor": float(metadata.get("llama.rope.scaling.factor", 1.0))}
-    original = metadata.get("llama.rope.scaling.original_context_length")
+    rope: dict[str, Any] = {"rope_type": kind, "factor": float(get("rope.scaling.factor", 1.0))}
+    original = get("rope.scaling.original_context_length")
     if original:
         rope["original_max_position_embeddings"] = int(original)
     return rope

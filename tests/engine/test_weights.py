@@ -59,10 +59,6 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: edit_config(f, model_type="mamba"),
         "'mamba', which is not among the known: gpt2, llama",
     ),
-    "family not written yet": (
-        lambda f: edit_config(f, model_type="qwen2"),
-        "the family 'qwen2' can be planned, but not served yet; served: llama",
-    ),
     "not a generator": (
         lambda f: edit_config(f, architectures=["LlamaForSequenceClassification"]),
         "does not generate text",

