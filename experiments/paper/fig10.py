@@ -130,13 +130,14 @@ def section(found: dict[str, Any]) -> str:
     ]
     text += "\n\nPulls in ms, paper / ours:\n\n" + table(["", *(f"P{100 * q:.0f}" for q in _MARKS)], rows)
     longest = found["pulls"]["OPT-175B"][-1]
-    tail = 1 - float(np.interp(longest, *zip(*points(load(NAME)["pulls"]["OPT-175B"]), strict=True)))
+    seconds, below = zip(*points(load(NAME)["pulls"]["OPT-175B"]), strict=True)
+    tail = 1 - float(np.interp(longest, seconds, below))
     transfer = max(found["shares"]["transmission"])
     return (
         f"{text}\n\nThe shares agree where nothing is loaded: decode takes most of the time, transfers at most "
         f"{100 * transfer:.1f} % of it, as in the paper. At high rates the prompts' queue grows in ours and the decode "
         "queue in the paper's: the datasheet's estimate makes prompts slower, or decode quicker, than they were. Pulls "
         "of OPT-13B take as long as in the paper. Larger models pull over several links at once, and ours come as "
-        f"soon as links allow; {100 * tail:.0f} % of the paper's pulls of OPT-175B take longer than any of ours, for which "
-        "our model has no cause: stages that wait for each other, or KV that crossed nodes, would look like it."
+        f"soon as links allow; {100 * tail:.0f} % of the paper's pulls of OPT-175B take longer than any of ours, for "
+        "which our model has no cause: stages that wait for each other, or KV that crossed nodes, would look like it."
     )

@@ -114,7 +114,7 @@ def section(found: dict[str, Any]) -> str:
         )
     head = ["requests/s", "vLLM real", "simulated by the authors", "by us"]
     text = (
-        f"The setting in which ours comes nearest to the real DistServe is {near}. With it, in %:\n\n"
+        f"The setting in which ours is nearest to the real DistServe is {near}. In %:\n\n"
         + table([*head, "DistServe-Low real", *head[2:]], rows)
         + "\n\nMean distance to the real columns in points, for each setting that was tried:\n\n"
     )
