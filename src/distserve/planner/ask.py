@@ -68,8 +68,8 @@ class Descent:
     """Whether at this rate, and if not, down to which (in such steps, so many at most)."""
 
     question: Question
-    step: float = 1.2
-    times: int = 3
+    step: float = 1.25
+    times: int = 2
 
 
 def ask(world: World, question: Question) -> Verdict:

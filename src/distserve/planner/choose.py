@@ -162,7 +162,7 @@ class _Choice:
         questions = nearby(question, best.goodput / copies)
         climbs = [search.climbing(each, rate, 0.06, QUICK) for each in others]
         answers = self._jobs.gather([(ask, q) for q in questions] + [(climb, c) for c in climbs])
-        goodput, beyond = measured(best.goodput / copies, answers[: len(questions)], self._demand.goal, copies)
+        goodput, beyond = measured(answers[: len(questions)], self._demand.goal, copies)
         found = zip(others, answers[len(questions) :], strict=True)
         raised = {other: _no_more(search.climbed(other, verdicts), other.goodput) for other, verdicts in found}
         runner_up = raised.get(runner_up, runner_up) if runner_up else None

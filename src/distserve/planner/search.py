@@ -39,7 +39,7 @@ from distserve.planner.candidates import (
     shapes,
     units,
 )
-from distserve.planner.goodput import QUICK, USUAL, Length, Verdict
+from distserve.planner.goodput import QUICK, ROUGH, USUAL, Length, Verdict
 from distserve.planner.jobs import Jobs
 from distserve.planner.known import CELL, Known
 from distserve.planner.pack import pack
@@ -370,7 +370,7 @@ class Search:
         target = rate
         while left:
             first, left = left[:2], left[2:]
-            climbs = [self.climbing(each, target, tolerance) for each in first]
+            climbs = [self.climbing(each, target, tolerance, ROUGH) for each in first]
             ranked += [self.climbed(*each) for each in zip(first, self._jobs.map(climb, climbs), strict=True)]
             ranked.sort(key=lambda each: -each.goodput)
             target = ranked[0].goodput * (1 + tolerance)
