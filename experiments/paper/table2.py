@@ -122,7 +122,8 @@ def section(found: dict[str, Any]) -> str:
     return (
         text
         + table(["setting", "vLLM", "DistServe-Low"], settings)
-        + "\n\nThe paper names no setting. The one above is near for DistServe and far for vLLM, whose costs on OPT-66B no "
-        "logged run confirms; with no setting do both columns agree. The claim itself, that a simulator can be as near "
-        "as that to a real system, is tested on logged runs instead, one by one ([accuracy](../accuracy.md))."
+        + "\n\nThe paper names no setting. The one above is near for DistServe and far for vLLM, whose costs on "
+        "OPT-66B no logged run confirms; with no setting do both columns agree. The claim itself, that a simulator can "
+        "be as near as that to a real system, is tested on logged runs instead, one by one "
+        "([accuracy](../accuracy.md))."
     )
