@@ -54,7 +54,7 @@ def _draw(lab: Lab, found: dict[str, Any]) -> None:
     for colour, (name, by_size) in enumerate(found.items()):
         pairs = [(int(size), each["seconds"]) for size, each in by_size.items()]
         plots.ours(panel, pairs, f"{name} affinity, one core", colour)
-        plots.theirs(panel, list(_published()[name].items()), f"{name} affinity (paper, 96 cores)", colour)
+        plots.theirs(panel, list(_published()[name].items()), f"{name} affinity (paper)", colour)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xlabel("devices")
@@ -72,7 +72,7 @@ def section(found: dict[str, Any]) -> str:
         rows.append(row)
     head = ["devices"]
     for name in found:
-        head += [f"{name} affinity, paper (s, 96 cores)", "ours (s of one core)"]
+        head += [f"{name} affinity, paper (s)", "ours (s of one core)"]
     case = cases()[CASE]
     return (
         f"{case.title}, {number(LOAD)} requests/s for each device of the cluster: the fewest devices that attain it, "
