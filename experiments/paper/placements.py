@@ -109,9 +109,9 @@ def section(found: dict[str, Any]) -> str:
         "inside nodes (Algorithm 2). Our search, for instances apart and for colocated ones:\n\n"
         + table([*head, "our best colocated", "goodput"], rows)
         + "\n\nThe search judges in steady state, by joint attainment, and counts KV memory on both sides. The "
-        "authors' judged each phase apart, over a few hundred requests and without the decode side's KV memory, and so "
-        "gave decode less of it. Colocated instances are on the step times of DistServe's engine; several of them "
-        "share bursts, which the single instance of figures 8 and 9 cannot. Where attainment falls slowly with "
-        "the rate, as with HumanEval, goodputs that are a few percent apart are equal within the noise of the "
-        "runs."
+        "authors' judged each phase apart, over a few hundred requests and without the decode side's KV "
+        "memory, and so gave decode less of it. Colocated instances are on the step times of DistServe's "
+        "engine; several of them share bursts, which the single instance of figures 8 and 9 cannot. Where "
+        "attainment falls slowly with the rate, as with HumanEval, goodputs that are a few percent apart "
+        "are equal within the noise of the runs."
     )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 matplotlib.use("svg")
 
-COLOURS = ("#1f5fa8", "#c0392b", "#d98e04", "#2a8f5a", "#7d4fa8", "#5c6670")
+COLOURS = ("#1f5fa8", "#c0392b", "#d98e04", "#2a8f5a", "#7d4fa8", "#5c6670", "#c2569b")
 STYLE = {
     "svg.hashsalt": "distserve",
     "svg.fonttype": "none",
