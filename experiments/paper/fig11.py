@@ -155,10 +155,10 @@ def section(found: dict[str, Any]) -> str:
         + table(head, rows)
         + "\n\n"
         + table([f"crosses {GOAL:.0%} at", *LENGTHS], crossings)
-        + "\n\nThese are simulations in the paper, too, by its authors' simulator: no KV memory on the decode side, no "
-        "transfers, targets judged one by one. Both searches"
-        " had one node of eight devices, where the two algorithms choose among the same placements. At the paper's length "
-        "of run our curves and theirs have the same order "
-        "between DistServe and vLLM; the placements of both algorithms are those of our search, which knows of KV "
-        "memory. Colocated instances on DistServe's step times, which the figure does not have, are the last two."
+        + "\n\nThese are simulations in the paper, too, by its authors' simulator: no KV memory on the decode "
+        "side, no transfers, targets judged one by one. Both searches had one node of eight devices, where "
+        "the two algorithms choose among the same placements. At the paper's length of run our curves and "
+        "theirs have the same order between DistServe and vLLM; the placements of both algorithms are those "
+        "of our search, which knows of KV memory. Colocated instances on DistServe's step times, which the "
+        "figure does not have, are the last two."
     )
