@@ -59,8 +59,8 @@ length.
 **Costs.** OPT-13B and OPT-66B: fits of A100 measurements. OPT-175B has none: its step times are estimated from the
 A100's datasheet with the waits of engines of that time, so its absolute rates are worth less than the others'. Two
 choices there are ours, and matter. Prompts of OPT-175B are batched up to the knee (section 4.3 of the paper); in
-batches as large as those of the smaller models DistServe does clearly worse. And whole prompts on DistServe's engine are
-left out for it, because the step times of both engines are the same estimate.
+batches as large as those of the smaller models DistServe does clearly worse. And whole prompts on DistServe's engine
+are left out for it, because the step times of both engines are the same estimate.
 Attainment is joint (both targets), rates are per device, the goal is {goal:.0%}.
 """
 
