@@ -156,6 +156,14 @@ def test_preempted_work_is_done_again() -> None:
     assert all(record.ok for record in run.records)
 
 
+def test_a_prompt_that_waited_for_a_starved_sequence_starts_in_the_next_step() -> None:
+    """Found by a search: the batch that ended the starvation was taken for one that repeats."""
+    costs = choose_costs("Qwen/Qwen3-32B", "h100-80g")
+    plan = Plan((InstanceSpec(Role.COLOCATED, count=2, policy=Policy.PREFILL_FIRST),))
+    run = imagine(plan, Workload.load("sharegpt").draw(12.183, 300, seed=0), costs)
+    assert all(record.ok for record in run.records)
+
+
 def test_pipelines_overlap() -> None:
     """Two stages decode two batches at once: nearly twice the tokens of one stage after the other."""
     crowd = Workload("crowd", tuple(Arrival(0.0, 200, 150) for _ in range(64)), timed=True)

@@ -80,6 +80,9 @@ class ContinuousScheduler(ABC):
     def repeats(self, batch: Batch) -> int:
         if self._max_in_flight > 1 or self._loose or not 0 < batch.num_lockstep == len(batch.items):
             return 1
+        head = self._head()
+        if head is not None and self._has_room(head):
+            return 1  # the step after may admit it: what kept it out of this one (a starved sequence) is over
         return self._locksteps[0].steps_with_room()
 
     def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
