@@ -81,5 +81,5 @@ def test_a_file_of_another_architecture_names_those_that_are_served(tmp_path: Pa
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="architecture 'gpt2'; served from GGUF: llama, qwen2, qwen3"):
+    with pytest.raises(ModelError, match="architecture 'gpt2'; supported in GGUF: llama, qwen2, qwen3"):
         hub.read_spec(tmp_path / "m.gguf")
