@@ -36,6 +36,7 @@ NOUNS = {
     "knee",
     "outputs",
     "tables",
+    "toml_file",
 }
 
 # room: (rooms and modules it may import beside itself and the nouns it may use, those nouns)

@@ -10,12 +10,12 @@ import difflib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from distserve import toml_file
 from distserve.errors import PlanError, UsageError
 from distserve.plan import parse_memory
 
@@ -166,23 +166,14 @@ class Cluster:
         path = Path(name)
         if not path.exists() and not path.suffix:
             return _built_in(str(name))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"cannot read the cluster {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise PlanError(f"the cluster {path} is not a text file (UTF-8)") from None
-        return cls.from_toml(text, str(path))
+        return cls.from_toml(toml_file.read_text(path, "cluster"), str(path))
 
     @classmethod
     def from_toml(cls, text: str, source: str = "cluster") -> Cluster:
         """Parses the format of docs/reference/cluster.md; `source` opens each error."""
+        table = toml_file.parse(text, source)
         try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise PlanError(f"{source}: not TOML: {error}") from None
-        try:
-            _known_keys(table, [field.name for field in fields(cls)])
+            toml_file.check_keys(table, [field.name for field in fields(cls)])
             for key in ("device", "nodes", "devices_per_node", "intra_node_bandwidth"):
                 if key not in table:
                     raise PlanError(f"{key} is missing: docs/reference/cluster.md shows a whole file")
@@ -249,7 +240,7 @@ def _override(place: Any, table: Any) -> Override:
     if not isinstance(table, Mapping):
         raise PlanError(f"{where} must be a table with {', '.join(field.name for field in fields(Override))}")
     try:
-        _known_keys(table, [field.name for field in fields(Override)])
+        toml_file.check_keys(table, [field.name for field in fields(Override)])
         return Override(**table)
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from None
@@ -263,12 +254,3 @@ def _memory(value: Any) -> int:
     if isinstance(memory, float):
         raise PlanError(f'memory = {value!r} is a share: give a size, such as "40GiB"')
     return memory
-
-
-def _known_keys(table: Mapping[str, Any], known: list[str]) -> None:
-    for key in table:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            raise PlanError(
-                f"unknown key {key!r}: " + (f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)}")
-            )

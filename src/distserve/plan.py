@@ -10,13 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distserve import toml_file
 from distserve.errors import PlanError, UsageError
 
 
@@ -185,23 +185,14 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Reads a plan file. Raises `PlanError` naming the file, the value and the cure."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"cannot read the plan {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise PlanError(f"the plan {path} is not a text file (UTF-8)") from None
-        return cls.from_toml(text, str(path))
+        return cls.from_toml(toml_file.read_text(path, "plan"), str(path))
 
     @classmethod
     def from_toml(cls, text: str, source: str = "plan") -> Plan:
         """Parses the format of docs/reference/plan.md; `source` opens each error."""
+        table = toml_file.parse(text, source)
         try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise PlanError(f"{source}: not TOML: {error}") from None
-        try:
-            _known_keys(table, [field.name for field in fields(cls)])
+            toml_file.check_keys(table, [field.name for field in fields(cls)])
             entries = table.pop("instances", [])
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
                 raise PlanError("instances must be an array of tables: write [[instances]] above each")
@@ -225,21 +216,12 @@ class Plan:
 def _spec(entry: Mapping[str, Any], number: int) -> InstanceSpec:
     where = f"instances[{number}]"
     try:
-        _known_keys(entry, [field.name for field in fields(InstanceSpec)])
+        toml_file.check_keys(entry, [field.name for field in fields(InstanceSpec)])
         if "role" not in entry:
             raise PlanError('role is missing: one of "prefill", "decode", "colocated"')
         return InstanceSpec(**entry)
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from None
-
-
-def _known_keys(table: Mapping[str, Any], known: list[str]) -> None:
-    for key in table:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            raise PlanError(
-                f"unknown key {key!r}: " + (f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)}")
-            )
 
 
 def _word(kind: type[_Word], key: str, value: Any) -> _Word:

@@ -30,8 +30,8 @@ def show_report(report: Report, title: str, goal: float | None, console: Console
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     for column in ("", "mean", "p50", "p90", "p99", "target", "met"):
         table.add_column(column, justify="left" if not column else "right")
-    _latency(table, "TTFT", report.ttft, report.slo.ttft, report.attainment.ttft)
-    _latency(table, "TPOT", report.tpot, report.slo.tpot, report.attainment.tpot)
+    latency_row(table, "TTFT", report.ttft, report.slo.ttft, report.attainment.ttft)
+    latency_row(table, "TPOT", report.tpot, report.slo.tpot, report.attainment.tpot)
     for app, attainment in report.by_app.items():
         table.add_row(*_app(app, attainment))
     console.print(table, highlight=False)
@@ -66,7 +66,8 @@ def _requests(report: Report) -> str:
     return text + (f", failed: {failed}" if failed else "")
 
 
-def _latency(table: Table, name: str, summary: Summary, target: float | None, met: float) -> None:
+def latency_row(table: Table, name: str, summary: Summary, target: float | None, met: float) -> None:
+    """Mean, p50, p90, p99, the target and the share that met it."""
     values = (milliseconds(value) for value in (summary.mean, summary.p50, summary.p90, summary.p99))
     table.add_row(name, *values, milliseconds(target), "" if target is None else f"{met:.1%}")
 

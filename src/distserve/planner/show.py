@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from distserve.metrics import Summary
 from distserve.planner.answer import Alternative, Answer, Dedicated
-from distserve.tables import milliseconds
+from distserve.tables import latency_row, milliseconds
 
 
 def say(message: str) -> None:
@@ -104,7 +103,7 @@ def _latencies(answer: Answer) -> Table:
         ("TTFT", report.ttft, report.slo.ttft, report.attainment.ttft),
         ("TPOT", report.tpot, report.slo.tpot, report.attainment.tpot),
     ):
-        table.add_row(name, *_summary(summary), milliseconds(target), "" if target is None else f"{met:.1%}")
+        latency_row(table, name, summary, target, met)
     for app, attainment in report.by_app.items():
         slo = answer.targets.of(app)
         table.add_row(f"app {app}", "", "", "", "", str(slo), f"{attainment.joint:.1%}")
@@ -118,10 +117,6 @@ def _latencies(answer: Answer) -> Table:
     ):
         table.add_row(name, milliseconds(value))
     return table
-
-
-def _summary(summary: Summary) -> tuple[str, ...]:
-    return tuple(milliseconds(value) for value in (summary.mean, summary.p50, summary.p90, summary.p99))
 
 
 def _seats(answer: Answer) -> Table:
