@@ -16,6 +16,7 @@ from distserve.engine.kv_cache import KVCache, private_buffer
 from distserve.engine.models.base import Model, build
 from distserve.engine.runner import Runner
 from distserve.engine.state import RequestState
+from distserve.engine.step import plan_step
 from distserve.request import Request, SamplingParams, Token
 from distserve.sched.base import Batch
 from distserve.sched.base import Sequence as Scheduled
@@ -89,7 +90,7 @@ class MiniScheduler:
             while len(sequence.blocks) * self.kv.layout.block_size < sequence.num_computed + count:
                 sequence.blocks.append(self.free.pop())
             items.append((sequence, count))
-        result = self.runner.run(Batch(0, items), self.states)
+        result = self.runner.run(plan_step(Batch(0, items), self.states), self.states)
         for sequence, count in items:
             sequence.num_computed += count
             if token := result.tokens.get(sequence.id):

@@ -16,6 +16,7 @@ from distserve.engine.kv_cache import Buffer, KVCache, private_buffer
 from distserve.engine.loaded import LoadedModel, Progress, load
 from distserve.engine.runner import Runner
 from distserve.engine.state import RequestState
+from distserve.engine.step import plan_step
 from distserve.errors import PlanError
 from distserve.request import Request
 from distserve.sched.base import Batch
@@ -87,7 +88,10 @@ class LocalExecutor:
         self._states[request.id] = RequestState(request, self.spec.vocab_size, self.eos_token_ids)
 
     async def execute(self, batch: Batch) -> EngineResult:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, batch, self._states)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
+
+    def _run(self, batch: Batch) -> EngineResult:
+        return self._runner.run(plan_step(batch, self._states), self._states)
 
     def forget(self, request_id: int) -> None:
         self._states.pop(request_id, None)

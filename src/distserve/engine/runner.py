@@ -1,6 +1,6 @@
-"""Turns a batch and its requests' tokens into one pass of the model, and logits into tokens.
+"""Turns a step into one pass of the model, and logits into tokens.
 
-Knows which rows need logits; knows neither who decided the batch nor which thread it runs in.
+Knows neither who decided the step nor which thread it runs in.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from distserve.engine.kv_cache import KVCache
 from distserve.engine.layers import StepLayout
 from distserve.engine.models.base import Model
 from distserve.engine.state import RequestState
-from distserve.sched.base import Batch
+from distserve.engine.step import StepInput
 
 _LOGITS_ROWS = 32  # prompt log-probabilities: rows of logits in memory at a time (6 MB at a vocabulary of 49,152)
 _WARM_UP_TOKENS = 64
 
 
 class Runner:
-    """Computes batches on one device. Not thread-safe."""
+    """Computes steps on one device. Not thread-safe."""
 
     def __init__(self, model: Model, kv: KVCache, max_model_len: int, device: torch.device) -> None:
         self._model = model
@@ -32,38 +32,23 @@ class Runner:
         self._max_model_len = max_model_len
         self._device = device
 
-    def run(self, batch: Batch, states: Mapping[int, RequestState]) -> EngineResult:
+    def run(self, step: StepInput, states: Mapping[int, RequestState]) -> EngineResult:
         """Writes KV of every scheduled token; samples for the sequences that are computed to their end."""
         began = time.perf_counter()
         with torch.inference_mode():
-            result = self._run(batch, states)
+            result = self._run(step, states)
         result.seconds = time.perf_counter() - began
         return result
 
-    def _run(self, batch: Batch, states: Mapping[int, RequestState]) -> EngineResult:
-        ids: list[int] = []
-        sampled: list[RequestState] = []
-        rows: list[int] = []  # of the hidden states that logits are needed of: first those to sample from
-        scored: list[tuple[RequestState, int, int]] = []  # prompt log-probabilities: of whom, first token, number
-        scored_rows: list[int] = []
-        for sequence, count in batch.items:
-            state, first = states[sequence.id], sequence.num_computed
-            last = first + count
-            if state.prompt_logprobs is not None:
-                number = min(last, len(state.request.prompt) - 1) - first
-                scored.append((state, first + 1, number))
-                scored_rows += range(len(ids), len(ids) + number)
-            ids += state.tokens[first:last]
-            if last == len(state.tokens):
-                sampled.append(state)
-                rows.append(len(ids) - 1)
-        hidden = self._forward(batch, ids, rows + scored_rows)
+    def _run(self, step: StepInput, states: Mapping[int, RequestState]) -> EngineResult:
+        hidden = self._forward(step)
         result = EngineResult()
-        first_scored = len(rows)
-        for state, first, number in scored:
-            self._score(hidden[first_scored : first_scored + number], state, first)
+        first_scored = len(step.sampled)
+        for request_id, first, number in step.scored:
+            self._score(hidden[first_scored : first_scored + number], states[request_id], first)
             first_scored += number
-        if sampled:
+        if step.sampled:
+            sampled = [states[request_id] for request_id in step.sampled]
             logits = self._model.logits(hidden[: len(sampled)])
             for state, token in zip(sampled, sampler.sample(logits, sampled, self._max_model_len), strict=True):
                 if token is None:
@@ -72,16 +57,15 @@ class Runner:
                     result.tokens[state.request.id] = token
         return result
 
-    def _forward(self, batch: Batch, ids: list[int], rows: list[int]) -> Tensor:
-        """Final hidden states [R, C] of `rows`."""
-        lens = [count for _, count in batch.items]
-        contexts = [sequence.num_computed + count for sequence, count in batch.items]
-        tables = [sequence.blocks for sequence, _ in batch.items]
-        step = StepLayout.build(lens, contexts, tables, self._kv.layout.block_size, self._device)
-        tokens = torch.tensor(ids, dtype=torch.int32, device=self._device)
+    def _forward(self, step: StepInput) -> Tensor:
+        """Final hidden states [R, C] of the step's rows."""
+        lens = (step.query_lens, step.context_lens)
+        layout = StepLayout.build(*lens, step.block_tables, self._kv.layout.block_size, self._device)
+        tokens = torch.tensor(step.ids, dtype=torch.int32, device=self._device)
         # A chunk in the middle of a prompt needs no hidden state; one row keeps shapes ordinary.
-        wanted = None if rows == list(range(len(ids))) else torch.tensor(rows or [0], device=self._device)
-        hidden: Tensor = self._model(tokens, step, self._kv.layers, wanted)
+        every = step.rows == list(range(len(step.ids)))
+        wanted = None if every else torch.tensor(step.rows or [0], device=self._device)
+        hidden: Tensor = self._model(tokens, layout, self._kv.layers, wanted)
         return hidden
 
     def _score(self, hidden: Tensor, state: RequestState, first: int) -> None:

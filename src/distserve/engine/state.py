@@ -36,6 +36,11 @@ class RequestState:
         self.prompt_logprobs: list[Logprobs | None] | None = [None] * len(request.prompt) if wanted else None
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still wanted."""
+        return self.prompt_logprobs is not None and not self.request.output
+
+    @property
     def is_adjusted(self) -> bool:
         """Whether the next token is drawn from other logits than the model's."""
         return bool(self.penalizes_output or self.penalizes_all or len(self.bias) or self.must_go_on)
