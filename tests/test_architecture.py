@@ -22,6 +22,7 @@ ENTRIES = {"__init__", "__main__", "cli"}  # where users come in: they may impor
 NOUNS = {
     "errors",
     "gguf_head",
+    "machine",
     "native",
     "request",
     "specs",
@@ -50,8 +51,10 @@ ROOMS: Final = {
     "serve": ({"sched", "engine.base", "transfer.base"}, NOUNS),
     "control": ({"planner", "serve"}, {"metrics", "workload", "plan", "errors"}),
     "bench": (set(), NOUNS),
+    "profiler": ({"engine.base", "transfer.base", "costs", "sched.base", "bench"}, NOUNS),
 }
-LAUNCHER = "serve.launch"  # the one module that may name implementations of engine and transfer
+# the modules that may name implementations of engine and transfer
+LAUNCHERS = {"serve.launch", "profiler.worker"}
 
 # library: modules (or rooms) that may import it
 LIBRARIES = {
@@ -63,7 +66,7 @@ LIBRARIES = {
     "uvicorn": {"serve"},
     "aiohttp": {"bench"},
     "aiconfigurator_core": {"costs.aiconfigurator"},
-    "typer": {"cli", "serve.command", "bench.command", "planner.command", "sim.command", "costs.command"},
+    "typer": {"cli", "serve.command", "bench.command", "planner.command", "sim.command", "profiler.command"},
 }
 PURE = {"sched", "costs", "sim"}  # decide, predict and imagine without a wall clock or an event loop
 CLOCKS = {"asyncio", "time", "threading", "socket", "datetime"}
@@ -152,7 +155,7 @@ def trespasses(modules: dict[str, Module]) -> list[str]:
             continue
         rooms, nouns = ROOMS.get(module.room, (set(), NOUNS))
         allowed = rooms | nouns | ({module.room} if module.room in ROOMS else set())
-        if module.name == LAUNCHER:
+        if module.name in LAUNCHERS:
             allowed = allowed | {"engine", "transfer"}
         for target in sorted(module.inside):
             if not is_in(target, allowed):

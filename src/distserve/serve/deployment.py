@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from distserve import machine
 from distserve.engine.base import EngineOptions
 from distserve.errors import PlanError, UsageError
 from distserve.placement import place
 from distserve.plan import Plan, Policy, Replica
-from distserve.serve import machine
 from distserve.serve.config import InstanceConfig
 from distserve.serve.fleet import Start
 from distserve.serve.options import ServeOptions
