@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distserve.catalogue import model_spec
 from distserve.costs.network import shares
 from distserve.costs.seats import Seats
-from distserve.engine.parallel import Rank, Split, share
+from distserve.engine.parallel import Member, Split, share
 from distserve.errors import PlanError
 from distserve.sharding import Sharding, heads_fit, parts, split_layers
 from distserve.transfer.layout import InstanceLayout, reads
@@ -64,7 +64,7 @@ def test_each_rank_reads_what_it_holds_from_ranks_that_hold_it(
 def test_the_loader_cuts_weights_where_a_pull_looks_for_their_kv(heads: int, tp: int) -> None:
     sharding = Sharding(heads, (1,), tp)
     for rank in range(tp):
-        rows = share((heads * 16, 32), Split.KV_HEADS, heads, Rank(rank, tp))[0]
+        rows = share((heads * 16, 32), Split.KV_HEADS, heads, Member(rank, tp))[0]
         held = sharding.heads(rank)
         assert (rows.start, rows.stop) == (16 * held.start, 16 * held.stop)
 

@@ -19,7 +19,7 @@ from distserve.engine.base import EngineOptions
 from distserve.engine.executor import LocalExecutor
 from distserve.engine.gguf_file import GGUFFile
 from distserve.engine.models.base import build
-from distserve.engine.parallel import Rank, Split, share
+from distserve.engine.parallel import Member, Split, share
 from distserve.errors import ModelError, PlanError
 
 
@@ -121,17 +121,17 @@ def test_the_parts_of_all_ranks_make_the_whole(size: int, tmp_path: Path) -> Non
     for slot in model.slots():
         covered = np.zeros(slot.shape, dtype=int)
         for index in range(size):
-            covered[share(slot.shape, slot.split, slot.units, Rank(index, size))] += 1
+            covered[share(slot.shape, slot.split, slot.units, Member(index, size))] += 1
         copies = {Split.REPLICATED: size, Split.KV_HEADS: max(1, size // slot.units)}.get(slot.split, 1)
         assert (covered == copies).all(), slot
 
 
 def test_a_group_that_does_not_fit_the_model_is_refused() -> None:
     with pytest.raises(ModelError, match="tp=3 does not divide the model's 4"):
-        share((64, 64), Split.COLUMN, 4, Rank(0, 3))
+        share((64, 64), Split.COLUMN, 4, Member(0, 3))
     with pytest.raises(ModelError, match="tp=3 does not fit 2 KV heads"):
-        share((32, 64), Split.KV_HEADS, 2, Rank(0, 3))
-    assert share((5, 8), Split.VOCABULARY, 5, Rank(1, 2)) == (slice(3, 5), slice(0, 8))
+        share((32, 64), Split.KV_HEADS, 2, Member(0, 3))
+    assert share((5, 8), Split.VOCABULARY, 5, Member(1, 2)) == (slice(3, 5), slice(0, 8))
 
 
 def write_gguf(path: Path, folder: Path, *, version_tail: bytes = b"") -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distserve.engine.gguf_file import GGUFFile
 from distserve.engine.models.base import Model, Slot
-from distserve.engine.parallel import ALONE, Rank, share
+from distserve.engine.parallel import ALONE, Member, share
 from distserve.errors import ModelError
 
 # Saved although they are computed from the configuration.
@@ -43,7 +43,7 @@ def load(
     model: Model,
     device: torch.device,
     progress: Callable[[float], None] = lambda fraction: None,
-    rank: Rank = ALONE,
+    member: Member = ALONE,
 ) -> None:
     """Fills the modules of `model` (on the meta device) from the checkpoint at `path` and packs them."""
     with ExitStack() as stack:
@@ -59,7 +59,7 @@ def load(
         for i, (name, module) in enumerate(modules):
             module.to_empty(device=device)
             for slot in todo.get(name, ()):
-                slices = share(slot.shape, slot.split, slot.units, rank)
+                slices = share(slot.shape, slot.split, slot.units, member)
                 checkpoint.read(slot, slices, _target(module, slot))
             if callable(pack := getattr(module, "pack", None)):
                 pack()
