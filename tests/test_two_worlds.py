@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from tests import virtual
@@ -19,17 +21,18 @@ from distserve.engine.base import EngineOptions, EngineResult
 from distserve.engine.fake import FakeExecutor, FakeModel
 from distserve.plan import InstanceSpec, Plan, Policy, Replica, Role
 from distserve.request import Request, SamplingParams
-from distserve.sched.base import Batch, Load
+from distserve.sched.base import Batch, Load, PullingScheduler, Scheduler, Sequence
 from distserve.sched.blocks import BlockPool
 from distserve.sched.continuous import ContinuousScheduler
 from distserve.sched.roles import scheduler_for
 from distserve.sched.router import Candidate, Router
 from distserve.serve.instance import InstanceLoop, Wiring
-from distserve.serve.messages import Step, Submit, ToGateway, decode_to_instance, encode
+from distserve.serve.messages import Beat, Step, Submit, ToGateway, decode_to_instance, encode
 from distserve.sim.simulate import imagine
 from distserve.sim.world import policies
 from distserve.traces import Arrival
 from distserve.transfer.base import KVHandle, KVSource
+from distserve.transfer.layout import InstanceLayout
 from distserve.workload import Workload
 
 MODEL = "smollm2-135m-instruct"
@@ -61,11 +64,12 @@ class SmallCosts:
         watermark_blocks=2,
     )
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, micro_batches: str = "even") -> None:
         self._num_blocks = num_blocks
+        self.engine = replace(SmallCosts.engine, micro_batches=micro_batches)
 
     def latency(self, tp: int, pp: int) -> Latency:
-        return LATENCY
+        return LATENCY if pp == 1 else replace(LATENCY, pp=pp, share=0.04 + 1 / pp, handover=0.0003)
 
     def kv_blocks(self, tp: int, pp: int, kv_memory: int | float | None = None) -> int:
         return self._num_blocks
@@ -105,6 +109,7 @@ class Link:
 
     def __init__(self, engine: Engine, token_bytes: int) -> None:
         self._engine, self._token_bytes = engine, token_bytes
+        self.generations: list[int] = []
 
     def publish(self, blocks: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return tuple(blocks), (0,) * len(blocks)
@@ -123,15 +128,50 @@ class Link:
 
 
 class Traced(FakeExecutor):
-    """Writes down what it is asked to compute."""
+    """Writes down what it is asked to compute, and knows whether its host is at it: one of several stages cannot
+    prepare two batches at once. (In a real one that is so because `launch` returns when the batch is on its way.)"""
 
     name = ""
     found: Happened
+    wake: Callable[[], None]
+    prepare: Callable[[Batch], float]
+    prepared = 0.0  # when the host is done with the latest batch
+    num_in_flight = 0
 
-    async def execute(self, batch: Batch) -> EngineResult:
+    def launch(self, batch: Batch) -> asyncio.Future[EngineResult]:
+        loop = asyncio.get_running_loop()
         items = tuple((sequence.id >> 8, n) for sequence, n in batch.items)
-        self.found.append(Launched(self.name, asyncio.get_running_loop().time(), items))
-        return await super().execute(batch)
+        self.found.append(Launched(self.name, loop.time(), items))
+        self.prepared = loop.time() + self.prepare(batch)
+        self.num_in_flight += 1
+        result = super().launch(batch)
+        result.add_done_callback(self._landed)
+        if self.max_in_flight > 1:
+            loop.call_at(self.prepared, lambda: self.wake())
+        return result
+
+    def _landed(self, _: object) -> None:
+        self.num_in_flight -= 1
+
+    def prepares(self, now: float) -> bool:
+        return now < self.prepared - 1e-9 and self.num_in_flight < self.max_in_flight
+
+
+class HostsTime:
+    """A scheduler that nobody asks what to do next while the host prepares what it was told to do last."""
+
+    def __init__(self, scheduler: Scheduler, executor: Traced) -> None:
+        self._scheduler, self._executor = scheduler, executor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+    def next_batch(self, now: float) -> Batch | None:
+        return None if self._executor.prepares(now) else self._scheduler.next_batch(now)
+
+    def next_pulls(self, now: float) -> list[Sequence]:
+        scheduler: PullingScheduler = self._scheduler  # type: ignore[assignment]
+        return [] if self._executor.prepares(now) else scheduler.next_pulls(now)
 
 
 @dataclass
@@ -189,20 +229,28 @@ class LiveWorld:
         ]
 
     async def _start(self, replica: Replica) -> None:
-        engine = self.costs.engine
+        engine, latency = self.costs.engine, self.costs.latency(replica.spec.tp, replica.spec.pp)
         layout = FakeModel().layout
         num_blocks = self.costs.kv_blocks(1, 1)
         block_bytes = layout.token_bytes * engine.block_size
         options = EngineOptions("fake", block_size=engine.block_size, kv_bytes=num_blocks * block_bytes)
-        model = FakeModel(max_model_len=1 << 20, seconds=lambda batch: sum(LATENCY.batch(batch.items)), writes_kv=False)
+        prepare = lambda batch: latency.batch(batch.items)[0]  # noqa: E731
+        model = FakeModel(
+            max_model_len=1 << 20,
+            pp=latency.pp,
+            host=prepare,
+            seconds=lambda batch: latency.batch(batch.items)[1],
+            writes_kv=False,
+        )
         executor = Traced(options, model)
-        executor.name, executor.found = replica.name, self.found
+        executor.name, executor.found, executor.prepare = replica.name, self.found, prepare
         await executor.start(lambda fraction, what: None)
         pool = BlockPool(num_blocks, engine.block_size)
-        tuned = policies(engine, LATENCY.knee())
+        tuned = policies(engine, latency.knee())
         tuned = replace(tuned, prefill=replace(tuned.prefill, lease=1e6))  # no gateway is here to renew it
-        scheduler = scheduler_for(replica.role, pool, tuned, policy=replica.spec.policy or "chunked")
-        source = KVSource(replica.name, 1, executor.layout, "nowhere", notices=replica.name)
+        policy = replica.spec.policy or "chunked"
+        scheduler = scheduler_for(replica.role, pool, tuned, policy=policy, max_in_flight=latency.pp)
+        source = KVSource(replica.name, 1, InstanceLayout.of(executor.layout), "nowhere", notices=replica.name)
         link = Link(engine, kv_token_bytes(self.costs.spec, dtype=self.costs.dtype))
         wiring = Wiring(
             source,
@@ -211,10 +259,14 @@ class LiveWorld:
             lambda message: self._hear(replica.name, message),
             lambda address, notice: self.nodes[address].loop.handle(notice),
         )
-        loop = InstanceLoop(scheduler, executor, wiring, asyncio.get_running_loop().time)
+        asked: Any = scheduler if latency.pp == 1 else HostsTime(scheduler, executor)
+        loop = InstanceLoop(asked, executor, wiring, asyncio.get_running_loop().time)
+        executor.wake = loop.beat
         self.nodes[replica.name] = Node(loop, asyncio.create_task(loop.run()), scheduler.load())
 
     def _hear(self, name: str, message: ToGateway) -> None:
+        if isinstance(message, Beat):
+            return
         assert isinstance(message, Step), message
         assert not message.failures, message.failures
         if message.num_batched_tokens:
@@ -247,8 +299,8 @@ def draw(seed: int, rate: float, num_requests: int, *, longest: int = 600) -> Wo
     return Workload(f"seed {seed}", tuple(arrivals), timed=True)
 
 
-def spec(role: Role, count: int = 1, policy: Policy | None = None) -> InstanceSpec:
-    return InstanceSpec(role, count=count, policy=policy)
+def spec(role: Role, count: int = 1, policy: Policy | None = None, pp: int = 1) -> InstanceSpec:
+    return InstanceSpec(role, count=count, policy=policy, pp=pp)
 
 
 PLANS = {
@@ -261,22 +313,49 @@ PLANS = {
 }
 
 
+def assert_equal_batches(plan: Plan, workload: Workload, costs: SmallCosts) -> None:
+    imagined, lived = in_the_simulator(plan, workload, costs), in_the_server(plan, workload, costs)
+    for name in (replica.name for replica in plan.replicas()):
+        theirs = sorted((b for b in imagined if b.instance == name), key=lambda b: b.start)
+        ours = [b for b in lived if b.instance == name]
+        for number, (one, other) in enumerate(zip(theirs, ours, strict=False)):
+            where = f"{name}, batch {number}, {workload.name}"
+            assert sorted(one.items) == sorted(other.items), where
+            assert one.start == pytest.approx(other.start, abs=1e-7), where
+        assert len(theirs) == len(ours)
+        assert len(ours) > 20
+
+
 @pytest.mark.parametrize("num_blocks", [400, 110, 84], ids=["roomy", "tight", "tightest"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_both_worlds_run_the_same_batches(plan: Plan, num_blocks: int) -> None:
-    costs = SmallCosts(num_blocks)
     for seed, rate in ((1, 2.0), (2, 8.0), (3, 20.0)):
-        workload = draw(seed, rate, 90)
-        imagined, lived = in_the_simulator(plan, workload, costs), in_the_server(plan, workload, costs)
-        for name in (replica.name for replica in plan.replicas()):
-            theirs = sorted((b for b in imagined if b.instance == name), key=lambda b: b.start)
-            ours = [b for b in lived if b.instance == name]
-            for number, (one, other) in enumerate(zip(theirs, ours, strict=False)):
-                where = f"{name}, batch {number}, seed {seed}, rate {rate}"
-                assert sorted(one.items) == sorted(other.items), where
-                assert one.start == pytest.approx(other.start, abs=1e-7), where
-            assert len(theirs) == len(ours)
-            assert len(ours) > 20
+        assert_equal_batches(plan, draw(seed, rate, 90), SmallCosts(num_blocks))
+
+
+PIPELINES = {
+    "2 and 3 stages": Plan((spec(Role.PREFILL, pp=2), spec(Role.DECODE, pp=3))),
+    "3 and 2 stages": Plan((spec(Role.PREFILL, pp=3), spec(Role.DECODE, pp=2))),
+    "two of each": Plan((spec(Role.PREFILL, 2, pp=2), spec(Role.DECODE, pp=2), spec(Role.DECODE, pp=1))),
+    "chunked, 2 stages": Plan((spec(Role.COLOCATED, pp=2),)),
+    "chunked, 3 stages": Plan((spec(Role.COLOCATED, pp=3),)),
+    "prefill-first, 2 stages": Plan((spec(Role.COLOCATED, policy=Policy.PREFILL_FIRST, pp=2),)),
+    "prefill-first, 3 stages": Plan((spec(Role.COLOCATED, policy=Policy.PREFILL_FIRST, pp=3),)),
+}
+
+
+@pytest.mark.parametrize("num_blocks", [400, 110], ids=["roomy", "tight"])
+@pytest.mark.parametrize("plan", PIPELINES.values(), ids=PIPELINES.keys())
+def test_both_worlds_keep_the_same_batches_in_flight(plan: Plan, num_blocks: int) -> None:
+    for seed, rate in ((1, 3.0), (3, 20.0)):
+        assert_equal_batches(plan, draw(seed, rate, 90), SmallCosts(num_blocks))
+
+
+@pytest.mark.parametrize("pp", [2, 3])
+def test_both_worlds_take_the_same_turns(pp: int) -> None:
+    plan = Plan((spec(Role.PREFILL), spec(Role.DECODE, pp=pp)))
+    for seed, rate in ((1, 3.0), (3, 20.0)):
+        assert_equal_batches(plan, draw(seed, rate, 90), SmallCosts(400, micro_batches="joined"))
 
 
 @pytest.mark.parametrize("num_blocks", [400, 110, 84], ids=["roomy", "tight", "tightest"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
+from tests import virtual
 
-from distserve.engine.base import EngineOptions
+from distserve.engine.base import EngineOptions, EngineResult
 from distserve.engine.fake import FakeExecutor, FakeModel, KVMismatch
 from distserve.errors import PlanError
 from distserve.request import FinishReason, Request, SamplingParams
@@ -115,18 +117,33 @@ async def test_kv_can_move_to_another_instance() -> None:
     assert result.tokens[9] == (await source.execute(Batch(1, [(sequence, 1)]))).tokens[1]
 
 
-async def test_time_is_the_callers() -> None:
-    slept: list[float] = []
+def test_time_is_the_event_loops() -> None:
+    async def step() -> tuple[float, EngineResult]:
+        executor = await started(FakeModel(seconds=lambda batch: 0.25 * batch.num_tokens))
+        executor.add(request(1))
+        result = await executor.execute(Batch(0, [(Sequence(1, 20, blocks=[0, 1]), 12)]))
+        return asyncio.get_running_loop().time(), result
 
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    executor = await started(FakeModel(seconds=lambda batch: 0.25 * batch.num_tokens), sleep=sleep)
-    executor.add(request(1))
-    result = await executor.execute(Batch(0, [(Sequence(1, 20, blocks=[0, 1]), 12)]))
-    assert slept == [3.0]
-    assert result.seconds == 3.0
+    now, result = virtual.run(step())
+    assert (now, result.seconds) == (3.0, 3.0)
     assert not result.tokens
+
+
+def test_batches_follow_each_other_through_the_stages() -> None:
+    async def steps() -> list[float]:
+        executor = await started(FakeModel(pp=3, seconds=lambda batch: 0.5 * batch.num_tokens, host=lambda batch: 0.25))
+        loop, landed = asyncio.get_running_loop(), []
+        results = []
+        for key, length in ((1, 4), (2, 2), (3, 2)):
+            executor.add(request(key, length))
+            results.append(executor.launch(Batch(key, [(Sequence(key, length, blocks=[key]), length)])))
+        for result in results:
+            assert len((await result).tokens) == 1
+            landed.append(loop.time())
+        return landed
+
+    # The first: 0.25 for the host, 3 stages of 2 s. Each other leaves its last stage 1 s after the one before it.
+    assert virtual.run(steps()) == [6.25, 7.25, 8.25]
 
 
 async def test_any_layout_and_any_memory() -> None:

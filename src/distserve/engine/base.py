@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -42,6 +43,7 @@ class Executor(Protocol):
     num_blocks: int
     block_size: int
     max_model_len: int
+    max_in_flight: int  # batches that are computed at once, one behind the other: the stages of its pipeline
 
     async def start(self, progress: Callable[[float, str], None]) -> None:
         """Loads weights, allocates KV, warms up; `progress(fraction, what)`. Raises `ModelError` with the cure."""
@@ -51,10 +53,15 @@ class Executor(Protocol):
         """Makes a request's tokens and sampling known before a batch names it."""
         ...
 
-    async def execute(self, batch: Batch) -> EngineResult:
-        """Computes one batch: writes KV of the scheduled tokens, samples where a sequence is computed to its end, and
-        appends the sampled token to the request's tokens."""
+    def launch(self, batch: Batch) -> asyncio.Future[EngineResult]:
+        """Starts to compute one batch: writes KV of the scheduled tokens, samples where a sequence is computed to its
+        end, and appends the sampled token to the request's tokens. Returns at once; at most `max_in_flight` batches may
+        be under way, of different sequences, and they end in the order of their launches."""
         ...
+
+    async def execute(self, batch: Batch) -> EngineResult:
+        """One batch, launched and waited for."""
+        return await self.launch(batch)
 
     def forget(self, request_id: int) -> None:
         """The request ended or moved on. Idempotent."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from distserve.engine import kernels
-from distserve.engine.base import EngineOptions, EngineResult
+from distserve.engine.base import EngineOptions, EngineResult, Executor
 from distserve.engine.kv_cache import Buffer, KVCache, private_buffer
 from distserve.engine.loaded import LoadedModel, Progress, load
 from distserve.engine.runner import Runner
@@ -23,7 +23,7 @@ from distserve.sched.base import Batch
 from distserve.specs import KVLayout, ModelSpec
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """See `base.Executor`. `kv_buffer_factory` is given a number of bytes and returns that much writable memory;
     `loaded` are weights that are here already. The fields below are set when `start` returns."""
 
@@ -33,6 +33,7 @@ class LocalExecutor:
     num_blocks: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    max_in_flight = 1
 
     def __init__(
         self,
@@ -87,8 +88,8 @@ class LocalExecutor:
         """Takes ownership of `request`; its `output` grows. Raises `RequestError` where it names unknown tokens."""
         self._states[request.id] = RequestState(request, self.spec.vocab_size, self.eos_token_ids)
 
-    async def execute(self, batch: Batch) -> EngineResult:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
+    def launch(self, batch: Batch) -> asyncio.Future[EngineResult]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
 
     def _run(self, batch: Batch) -> EngineResult:
         return self._runner.run(plan_step(batch, self._states), self._states)

@@ -12,13 +12,13 @@ import asyncio
 import hashlib
 import math
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distserve.engine.base import EngineOptions, EngineResult
+from distserve.engine.base import EngineOptions, EngineResult, Executor
 from distserve.errors import PlanError, UsageError
 from distserve.request import FinishReason, Logprobs, Request, Token
 from distserve.sched.base import Batch
@@ -44,7 +44,9 @@ class FakeModel:
     eos_token_ids: tuple[int, ...] = (2,)
     max_model_len: int = 8192
     layout: KVLayout = TINY_LAYOUT
-    seconds: Callable[[Batch], float] = lambda batch: 0.0  # how long a batch takes
+    pp: int = 1  # stages of its pipeline
+    seconds: Callable[[Batch], float] = lambda batch: 0.0  # how long a batch takes in each stage
+    host: Callable[[Batch], float] = lambda batch: 0.0  # and before the first one, which may be busy meanwhile
     writes_kv: bool = True  # False: only time passes, for measuring what is around the engine
     # How many tokens a request's answer has where nothing cuts it short: its last is then an end-of-sequence token.
     num_output: Callable[[Request], int] = lambda request: request.sampling.max_tokens + 1
@@ -85,8 +87,8 @@ class _Known:
         return np.array(self.hashes[:count], dtype=np.uint64)
 
 
-class FakeExecutor:
-    """See `base.Executor`. Of `options` it heeds `kv_bytes`, `block_size`, `max_model_len`. `sleep` is the clock's."""
+class FakeExecutor(Executor):
+    """See `base.Executor`. Of `options` it heeds `kv_bytes`, `block_size`, `max_model_len`. Its time is the loop's."""
 
     def __init__(
         self,
@@ -95,7 +97,6 @@ class FakeExecutor:
         *,
         kv_buffer_factory: Callable[[int], bytearray | memoryview] = bytearray,
         verify: bool = False,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         given = model.layout
         self.layout = KVLayout(given.num_layers, given.num_kv_heads, given.head_dim, options.block_size, given.dtype)
@@ -108,7 +109,8 @@ class FakeExecutor:
         self.eos_token_ids = model.eos_token_ids
         self._model = model
         self._verify = verify
-        self._sleep = sleep
+        self.max_in_flight = model.pp
+        self._stages = [0.0] * model.pp  # when each is free, on the loop's clock
         self._buffer_factory = kv_buffer_factory
         self._known: dict[int, _Known] = {}
 
@@ -127,12 +129,31 @@ class FakeExecutor:
         origin = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         self._known[request.id] = _Known(request, origin, [*request.prompt, *request.output])
 
-    async def execute(self, batch: Batch) -> EngineResult:
+    def launch(self, batch: Batch) -> asyncio.Future[EngineResult]:
         if self._verify:
             for sequence, _ in batch.items:
                 self.check(sequence)
-        seconds = self._model.seconds(batch)
-        await self._sleep(seconds)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[EngineResult] = loop.create_future()
+        began = loop.time()
+        host, seconds = self._model.host(batch), self._model.seconds(batch)
+        end = began + host
+        for stage, free in enumerate(self._stages):
+            end = self._stages[stage] = max(end, free) + seconds
+        if end > began:
+            loop.call_at(end, self._end, batch, end - began, done)
+        else:
+            loop.call_soon(self._end, batch, 0.0, done)
+        return done
+
+    def _end(self, batch: Batch, seconds: float, done: asyncio.Future[EngineResult]) -> None:
+        if not done.done():  # else nobody waits for it any more
+            try:
+                done.set_result(self._compute(batch, seconds))
+            except (LookupError, KVMismatch) as error:  # the driver forgot it, or gave it too few blocks
+                done.set_exception(error)
+
+    def _compute(self, batch: Batch, seconds: float) -> EngineResult:
         result = EngineResult(seconds=seconds)
         for sequence, count in batch.items:
             known = self._known[sequence.id]

@@ -3,6 +3,9 @@
 Knows no policy (that is the scheduler's) and no tensor (the executor's). The loop reads like the protocol: let go of
 what expired, start the pulls that were admitted, run the next batch, tell what happened.
 
+An executor with stages has several batches under way at once. They are launched as the scheduler finds work for them,
+and land in the order of their launches; whatever happens meanwhile is heard at once, as during a single step.
+
 A role is which scheduler runs: `release` and `renew` exist on a prefill scheduler only, `next_pulls` and `pulled` on a
 decode scheduler only.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 
@@ -66,6 +70,15 @@ class _Live:
         return self.request.id, self.request.attempt
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A batch on its way."""
+
+    batch: Batch
+    launched: float
+    result: asyncio.Future[EngineResult]
+
+
 @dataclass(frozen=True, slots=True)
 class Wiring:
     """How an instance reaches the others. `send` and `notify` never block."""
@@ -91,9 +104,10 @@ class InstanceLoop:
         self._stopping = False
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()  # pulls and first contacts
+        self._flights: deque[_Flight] = deque()
+        self._max_in_flight = executor.max_in_flight
+        self._landed = 0.0  # when the latest flight was over
         self._pace = Pace()
-        self._step_started = 0.0
-        self._step_tokens = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -108,43 +122,60 @@ class InstanceLoop:
 
     async def run(self) -> None:
         """Until `Stop`. An exception out of here means that the instance is broken and must be restarted."""
+        flights = self._flights
         while not self._stopping:
             self._wake.clear()
             now = self._clock()
             self._forget(self._scheduler.expire(now))
-            self._start_pulls(now)
-            batch = self._scheduler.next_batch(now)
-            if batch is None:
+            while len(flights) < self._max_in_flight and self._launch(now):
+                pass
+            if len(flights) < self._max_in_flight:
                 self._flush()
                 if self._draining and not self._live:
                     self._wiring.send(Drained(self._epoch))
-                await self._wake.wait()
-                continue
-            self._start_pulls(now)  # the batch may have made room
-            result = await self._execute(batch, now)
-            outcome = self._scheduler.complete(batch, result, self._clock())
-            self._tell(outcome, result, batch.num_tokens)
+                if not (flights and flights[0].result.done()):
+                    await self._wake.wait()
+                if not (flights and flights[0].result.done()):
+                    continue
+            self._land(await flights[0].result)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _execute(self, batch: Batch, now: float) -> EngineResult:
+    def _launch(self, now: float) -> bool:
+        """Starts what can start; False: no batch can."""
+        self._start_pulls(now)
+        batch = self._scheduler.next_batch(now)
+        if batch is None:
+            return False
         for sequence, _ in batch.items:
             live = self._live.get(sequence.id)
             if live is not None and not live.ready:
                 live.started = live.started or now
                 live.ready = now
-        self._step_started, self._step_tokens = now, batch.num_tokens
-        result = await self._executor.execute(batch)
-        self._pace.record(batch.num_tokens, self._clock() - now)
-        self._step_started = 0.0
-        return result
+        result = self._executor.launch(batch)
+        self._flights.append(_Flight(batch, now, result))
+        if self._max_in_flight > 1:
+            result.add_done_callback(lambda _: self._wake.set())
+        self._start_pulls(now)  # the batch may have made room
+        return True
+
+    def _land(self, result: EngineResult) -> None:
+        """The oldest flight is over."""
+        since, batch, now = self._oldest_since(), self._flights.popleft().batch, self._clock()
+        self._pace.record(batch.num_tokens, now - since)
+        self._landed = now
+        self._tell(self._scheduler.complete(batch, result, now), result, batch.num_tokens)
+
+    def _oldest_since(self) -> float:
+        """When the oldest flight was launched or, in a full pipeline, the one before it landed: its own time."""
+        return max(self._flights[0].launched, self._landed)
 
     def beat(self) -> None:
         """Tells the gateway that the event loop lives and how the step goes; called by a timer. Leases run on even when
         there is nothing to compute, so the loop is woken too."""
-        busy = self._clock() - self._step_started if self._step_started else 0.0
-        expected = self._pace.expected(self._step_tokens) if busy else 0.0
+        busy = self._clock() - self._oldest_since() if self._flights else 0.0
+        expected = self._pace.expected(self._flights[0].batch.num_tokens) if busy else 0.0
         self._wiring.send(Beat(self._epoch, busy, expected, self._scheduler.load()))
         self._wake.set()
 
