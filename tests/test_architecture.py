@@ -48,7 +48,7 @@ ROOMS: Final = {
     "planner": ({"sim", "costs"}, NOUNS),
     "engine": ({"sched.base"}, NOUNS),
     "transfer": (set(), {"specs", "sharding", "errors", "native"}),
-    "serve": ({"sched", "engine.base", "transfer.base"}, NOUNS),
+    "serve": ({"sched", "engine.base", "transfer.base", "transfer.layout"}, NOUNS),
     "control": ({"planner", "serve"}, {"metrics", "workload", "plan", "errors"}),
     "bench": (set(), NOUNS),
     "profiler": ({"engine.base", "transfer.base", "costs", "sched.base", "bench"}, NOUNS),

@@ -33,6 +33,7 @@ from distserve.sim.world import policies
 from distserve.traces import Arrival
 from distserve.transfer.base import KVHandle, KVSource
 from distserve.transfer.layout import InstanceLayout
+from distserve.transfer.layout import InstanceLayout
 from distserve.workload import Workload
 
 MODEL = "smollm2-135m-instruct"
@@ -109,6 +110,7 @@ class Link:
 
     def __init__(self, engine: Engine, token_bytes: int) -> None:
         self._engine, self._token_bytes = engine, token_bytes
+        self.generations: list[int] = []
         self.generations: list[int] = []
 
     def publish(self, blocks: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

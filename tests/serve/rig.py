@@ -39,6 +39,7 @@ from distserve.serve.messages import (
 from distserve.serve.rpc import RemoteInstance
 from distserve.serve.telemetry import Telemetry
 from distserve.transfer.base import KVSource
+from distserve.transfer.layout import InstanceLayout
 from distserve.transfer.memory import SharedMemory
 from distserve.transfer.shm import ShmSource, ShmTransport
 
@@ -138,10 +139,11 @@ class Rig:
         options = EngineOptions(model="fake", block_size=BLOCK, kv_bytes=block_bytes * node.num_blocks)
         executor = FakeExecutor(options, self._model, kv_buffer_factory=allocate, verify=True)
         await executor.start(lambda fraction, what: None)
-        source = ShmSource(memories[0], executor.num_blocks, executor.layout)
-        transport = ShmTransport(memories[0], executor.num_blocks, executor.layout) if role is Role.DECODE else None
+        layout = InstanceLayout.of(executor.layout)
+        source = ShmSource(memories, executor.num_blocks, layout)
+        transport = ShmTransport(memories, executor.num_blocks, layout) if role is Role.DECODE else None
         node.pool = BlockPool(executor.num_blocks, BLOCK, source.generations)
-        where = KVSource(name, epoch, executor.layout, source.location, notices=name)
+        where = KVSource(name, epoch, layout, source.location, notices=name)
         remote = node.remote
 
         def send(message: ToGateway) -> None:

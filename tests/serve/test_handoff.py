@@ -114,7 +114,8 @@ async def test_damaged_kv_is_counted_and_computed_again_never_answered() -> None
                 damaged += 1
                 memory = rig.nodes["prefill-0"].memory
                 assert memory is not None
-                memory.buffer[message.handle.blocks[1] * message.handle.source.layout.block_bytes + 5] ^= 0x40
+                block_bytes = message.handle.source.layout.of_rank(0).block_bytes
+                memory.buffer[message.handle.blocks[1] * block_bytes + 5] ^= 0x40
             return 1
 
         rig.to_instance = damage

@@ -16,10 +16,12 @@ from distserve.errors import PullError
 from distserve.specs import KVLayout
 from distserve.transfer import shm
 from distserve.transfer.base import KVHandle, KVSource
+from distserve.transfer.layout import InstanceLayout
 from distserve.transfer.memory import SharedMemory, attach
 from distserve.transfer.shm import ShmSource, ShmTransport
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=3, head_dim=8, block_size=16, dtype="bfloat16")
+WHOLE = InstanceLayout.of(LAYOUT)
 NUM_BLOCKS = 12
 
 
@@ -33,7 +35,7 @@ def memory() -> Iterator[SharedMemory]:
 
 @pytest.fixture
 def source(memory: SharedMemory) -> Iterator[ShmSource]:
-    source = ShmSource(memory, NUM_BLOCKS, LAYOUT)
+    source = ShmSource([memory], NUM_BLOCKS, WHOLE)
     yield source
     source.close()
 
@@ -47,13 +49,13 @@ def target() -> Iterator[SharedMemory]:
 
 @pytest.fixture
 async def transport(target: SharedMemory) -> AsyncIterator[ShmTransport]:
-    transport = ShmTransport(target, NUM_BLOCKS, LAYOUT)
+    transport = ShmTransport([target], NUM_BLOCKS, WHOLE)
     yield transport
     transport.close()
 
 
 def handle(source: ShmSource, blocks: list[int], *, layout: KVLayout = LAYOUT, epoch: int = 1) -> KVHandle:
-    where = KVSource("prefill-0", epoch, layout, source.location, notices="")
+    where = KVSource("prefill-0", epoch, InstanceLayout.of(layout), source.location, notices="")
     generations, digest = source.publish(blocks)
     return KVHandle(where, 7, 1, len(blocks) * LAYOUT.block_size, tuple(blocks), generations, digest)
 

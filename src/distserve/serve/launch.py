@@ -154,6 +154,7 @@ class _Weights:
 async def _build(model: LoadedModel | None, config: InstanceConfig, progress: Callable[[float, str], None]) -> Parts:
     """The executor, started; then the scheduler and transport of the role over its KV memory."""
     from distserve.engine.measure import measure_knee
+    from distserve.transfer.layout import InstanceLayout
     from distserve.transfer.memory import SharedMemory
     from distserve.transfer.shm import ShmSource, ShmTransport
 
@@ -173,12 +174,11 @@ async def _build(model: LoadedModel | None, config: InstanceConfig, progress: Ca
         progress(0.95, "measuring the knee")
         knee = await measure_knee(executor)
         log.info("the knee is %d tokens: prompts are batched up to it", knee)
-    publisher = ShmSource(memory, size, executor.layout, executor.export_blocks)
-    transport = (
-        ShmTransport(memory, size, executor.layout, executor.import_blocks) if config.role is Role.DECODE else None
-    )
+    layout = InstanceLayout.of(executor.layout)
+    publisher = ShmSource(memories, size, layout, executor.export_blocks)
+    transport = ShmTransport(memories, size, layout, executor.import_blocks) if config.role is Role.DECODE else None
     pool = BlockPool(size, executor.block_size, publisher.generations)
-    return Parts(_scheduler(config, pool, knee), executor, publisher, transport, executor.layout)
+    return Parts(_scheduler(config, pool, knee), executor, publisher, transport, layout)
 
 
 def _executor(

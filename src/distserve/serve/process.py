@@ -29,6 +29,7 @@ from distserve.serve.supervisor import BEAT
 from distserve.serve.switchboard import identity
 from distserve.specs import KVLayout
 from distserve.transfer.base import KVSource, Source, Transport
+from distserve.transfer.layout import InstanceLayout
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Parts:
     executor: Executor
     publisher: Source
     transport: Transport | None
-    layout: KVLayout
+    layout: InstanceLayout
 
 
 Build = Callable[[InstanceConfig, Callable[[float, str], None]], Coroutine[None, None, Parts]]

@@ -5,16 +5,23 @@
          `---- KVHandle, through the gateway ---->  pull(handle, into)   reads bytes, then checks generations and digest
          <--- pulled notice (serve/rpc.py) -------'
 
+Either side is a whole instance, of any tp and pp: a block has one id on all ranks, each of which holds its own layers
+and heads of it, and a pull moves all of what a request has, to all ranks, or fails. The pulling side reads for each of
+its ranks the ranges of `layout.reads(source, target)`; one process does so for all ranks, and its one notice after the
+last byte is what prefill frees the blocks on.
+
 A handle is a promise about bytes, not about memory: the source may break it (its lease ended, it died), and then a pull
 raises `PullError`; bytes that were read under a broken promise are never used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from distserve.specs import KVLayout
+from distserve.errors import PullError
+from distserve.transfer.layout import InstanceLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +30,8 @@ class KVSource:
 
     instance: str
     epoch: int
-    layout: KVLayout
-    location: str  # for the transport: which memory (shm: "pid:fd:bytes")
+    layout: InstanceLayout  # of all its ranks
+    location: str  # "NAME:...", NAME being the transport's; the rest is for it alone: the memory of each rank
     notices: str  # address that takes pulled notices
 
 
@@ -36,15 +43,20 @@ class KVHandle:
     request: int
     attempt: int
     num_tokens: int  # tokens whose KV the blocks hold
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...]  # the same on every rank
     generations: tuple[int, ...]  # of each block when the handle was made
-    digest: tuple[int, ...]  # of each block's bytes, as copying.py defines it
+    digest: tuple[int, ...]  # of each block's bytes on all ranks, as copying.py defines it: the same for any tp and pp
 
 
 class Source(Protocol):
     """The publishing side of a transport; lives as long as the instance's epoch."""
 
     location: str
+
+    @property
+    def generations(self) -> MutableSequence[int] | memoryview:
+        """Of each block; the scheduler's block pool counts here, and readers look here."""
+        ...
 
     def publish(self, blocks: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(generations, digest) of `blocks` as they are now. The caller keeps the blocks unchanged until released."""
@@ -57,12 +69,13 @@ class Transport(Protocol):
     """The pulling side."""
 
     async def connect(self, source: KVSource) -> None:
-        """Makes first contact before the first request needs it. Raises `PullError("gone")`."""
+        """Makes first contact before the first request needs it. Raises `PullError`: "gone", or "transport" where the
+        two sides do not fit (another model, block size, dtype or transport), with the cure."""
         ...
 
     async def pull(self, handle: KVHandle, into: list[int]) -> int:
-        """Reads every block of `handle` into this instance's blocks `into`; returns the bytes read. Raises `PullError`;
-        the target blocks then hold garbage."""
+        """Reads every block of `handle` into this instance's blocks `into`, on all ranks; returns the bytes read.
+        Raises `PullError`, whichever rank failed; the target blocks then hold garbage on every rank."""
         ...
 
     def disconnect(self, instance: str, epoch: int) -> None:
@@ -70,3 +83,14 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def check(handle: KVHandle, generations: Sequence[int], digests: Iterable[tuple[int, ...]]) -> None:
+    """Whether what a pull read is what was promised. `generations` of the handle's blocks, looked at after their bytes
+    were read; `digests` of the bytes that were written here, one for each complete set of copies. Raises `PullError`
+    ("generation" or "digest")."""
+    # Generations first: a block that was reused under the reader has another digest, too, but is not damage.
+    if tuple(generations) != handle.generations:
+        raise PullError(f"{handle.source.instance} reused the blocks of request {handle.request}", "generation")
+    if any(digest != handle.digest for digest in digests):
+        raise PullError(f"the KV of request {handle.request} is not what {handle.source.instance} computed", "digest")

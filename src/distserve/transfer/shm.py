@@ -8,7 +8,7 @@ digest (`copying.py`). It knows no scheduler and no message: who may free what, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,7 +16,8 @@ import numpy as np
 from distserve.errors import PullError
 from distserve.specs import KVLayout
 from distserve.transfer import copying
-from distserve.transfer.base import KVHandle, KVSource
+from distserve.transfer.base import KVHandle, KVSource, check
+from distserve.transfer.layout import InstanceLayout
 from distserve.transfer.memory import SharedMemory, attach
 
 AT_ONCE = 32 << 20  # bytes; a pull this small is over before a thread would be worth its two changes
@@ -27,14 +28,17 @@ Stage = Callable[[list[int]], None]  # moves blocks between the device and its h
 class ShmSource:
     """The publishing side. `generations` is the shared array that the scheduler's block pool counts in."""
 
-    def __init__(self, memory: SharedMemory, num_blocks: int, layout: KVLayout, stage: Stage | None = None) -> None:
+    def __init__(
+        self, memories: Sequence[SharedMemory], num_blocks: int, layout: InstanceLayout, stage: Stage | None = None
+    ) -> None:
+        (memory,) = memories
         self._memory = memory
         self._stage = stage
         self._copying = copying.load()
         self._counts = SharedMemory(8 * num_blocks)
         self.generations = self._counts.buffer.cast("Q")
-        self._blocks = _as_blocks(memory.buffer, num_blocks, layout)
-        self.location = ";".join((memory.path, str(num_blocks), self._counts.path))
+        self._blocks = _as_blocks(memory.buffer, num_blocks, layout.of_rank(0))
+        self.location = "shm:" + ";".join((memory.path, str(num_blocks), self._counts.path))
 
     def publish(self, blocks: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self._stage is not None:
@@ -50,9 +54,9 @@ class _Attached:
     """One source's memory as this process sees it."""
 
     def __init__(self, source: KVSource) -> None:
-        path, num_blocks, counts = source.location.split(";")
-        size = int(num_blocks) * source.layout.block_bytes
-        self.blocks = _as_blocks(attach(path, size), int(num_blocks), source.layout)
+        path, num_blocks, counts = source.location.removeprefix("shm:").split(";")
+        layout = source.layout.of_rank(0)
+        self.blocks = _as_blocks(attach(path, int(num_blocks) * layout.block_bytes), int(num_blocks), layout)
         self.generations = attach(counts, 8 * int(num_blocks)).cast("Q")
 
 
@@ -63,9 +67,13 @@ class ShmTransport:
     `layout` and `memory` are this instance's own; `stage` (CUDA) moves pulled blocks from host memory to the device.
     """
 
-    def __init__(self, memory: SharedMemory, num_blocks: int, layout: KVLayout, stage: Stage | None = None) -> None:
-        self._own = _as_blocks(memory.buffer, num_blocks, layout)
+    def __init__(
+        self, memories: Sequence[SharedMemory], num_blocks: int, layout: InstanceLayout, stage: Stage | None = None
+    ) -> None:
+        (memory,) = memories
+        self._own = _as_blocks(memory.buffer, num_blocks, layout.of_rank(0))
         self._layout = layout
+        self._block_bytes = layout.of_rank(0).block_bytes
         self._stage = stage
         self._copying = copying.load()
         self._attached: dict[tuple[str, int], _Attached] = {}
@@ -91,26 +99,20 @@ class ShmTransport:
             raise PullError(f"{len(handle.blocks)} blocks to read, room for {len(into)}", "transport")
         attached = self._attached[key]
         targets = into[: len(handle.blocks)]
-        if len(targets) * self._layout.block_bytes <= AT_ONCE:
+        if len(targets) * self._block_bytes <= AT_ONCE:
             self._read(attached, handle, targets)
         else:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._read, attached, handle, targets)
         if key in self._over:
             raise PullError(f"{handle.source.instance} died during the pull", "gone")
-        return len(targets) * self._layout.block_bytes
+        return len(targets) * self._block_bytes
 
     def _read(self, attached: _Attached, handle: KVHandle, into: list[int]) -> None:
         """Copies, with digests of what was copied; then looks whether that is what was promised."""
         if not all(0 <= block < len(attached.blocks) for block in handle.blocks):
             raise PullError(f"{handle.source.instance} promised blocks {handle.blocks} that it does not have", "stale")
         found = self._copying.copy(attached.blocks, handle.blocks, self._own, into)
-        # Generations first: a block that was reused under the reader has another digest, too, but is not damage.
-        if any(attached.generations[b] != g for b, g in zip(handle.blocks, handle.generations, strict=True)):
-            raise PullError(f"{handle.source.instance} reused the blocks of request {handle.request}", "generation")
-        if found != handle.digest:
-            raise PullError(
-                f"the KV of request {handle.request} is not what {handle.source.instance} computed", "digest"
-            )
+        check(handle, [attached.generations[b] for b in handle.blocks], [found])
         if self._stage is not None:
             self._stage(into)
 
