@@ -7,7 +7,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tests import virtual
@@ -32,7 +32,6 @@ from distserve.sim.simulate import imagine
 from distserve.sim.world import policies
 from distserve.traces import Arrival
 from distserve.transfer.base import KVHandle, KVSource
-from distserve.transfer.layout import InstanceLayout
 from distserve.transfer.layout import InstanceLayout
 from distserve.workload import Workload
 
@@ -65,7 +64,7 @@ class SmallCosts:
         watermark_blocks=2,
     )
 
-    def __init__(self, num_blocks: int, micro_batches: str = "even") -> None:
+    def __init__(self, num_blocks: int, micro_batches: Literal["even", "joined"] = "even") -> None:
         self._num_blocks = num_blocks
         self.engine = replace(SmallCosts.engine, micro_batches=micro_batches)
 
@@ -110,7 +109,6 @@ class Link:
 
     def __init__(self, engine: Engine, token_bytes: int) -> None:
         self._engine, self._token_bytes = engine, token_bytes
-        self.generations: list[int] = []
         self.generations: list[int] = []
 
     def publish(self, blocks: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,11 +19,11 @@ from typing import BinaryIO, Protocol
 
 from distserve.engine.base import Executor
 from distserve.errors import UsageError
+from distserve.line import Caller, Line, connect, listen
 from distserve.sched.base import Scheduler
 from distserve.serve import eventloop
 from distserve.serve.config import InstanceConfig, decode_config
 from distserve.serve.instance import InstanceLoop, Wiring
-from distserve.serve.line import Caller, Line, connect, listen
 from distserve.serve.messages import Fatal, Loading, Pulled, Ready, ToGateway, decode_to_instance, encode
 from distserve.serve.supervisor import BEAT
 from distserve.serve.switchboard import identity

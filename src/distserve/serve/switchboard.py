@@ -12,7 +12,7 @@ from functools import partial
 
 import msgspec
 
-from distserve.serve.line import Line, listen
+from distserve.line import Line, listen
 from distserve.serve.messages import ToInstance, decode_to_gateway, encode
 from distserve.serve.rpc import RemoteInstance, Send
 

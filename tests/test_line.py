@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distserve.line import SIZE, Caller, Line, WaitingLine, adopt, connect, listen
 from distserve.plan import Role
-from distserve.serve.line import SIZE, Caller, Line, connect, listen
 from distserve.serve.messages import Loading, Stop, encode
 from distserve.serve.rpc import RemoteInstance
 from distserve.serve.switchboard import Switchboard, identity
@@ -160,3 +162,42 @@ def test_the_switchboard_knows_who_calls(tmp_path: Path) -> None:
         board.close()
 
     run(work())
+
+
+def test_a_process_that_waits_answers_until_its_peer_is_gone() -> None:
+    async def work() -> None:
+        ours, theirs = socket.socketpair()
+        answers: list[int] = []
+
+        def answer() -> None:
+            line = WaitingLine(theirs)
+            while (message := line.receive()) is not None:
+                line.send(message[::-1])
+            answers.append(len(answers))
+            line.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        inbox = Inbox()
+        line = await adopt(ours, inbox.hear)
+        sent = [b"", b"ab", bytes(range(256)) * 3000]
+        for message in sent:
+            line.send(message)
+        await inbox.expect([message[::-1] for message in sent])
+        line.close()
+        await line.lost.wait()
+        await asyncio.to_thread(thread.join)
+        assert answers == [0]
+
+    run(work())
+
+
+def test_half_a_message_is_none() -> None:
+    ours, theirs = socket.socketpair()
+    line = WaitingLine(theirs)
+    ours.sendall((5).to_bytes(SIZE, "little") + b"abc")
+    ours.close()
+    assert line.receive() is None
+    with pytest.raises(ConnectionError):
+        line.send(b"anybody there?")
+    line.close()
