@@ -5,19 +5,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Kernels are compiled and demo weights fetched where the code for it exists; both are cached outside the tree.
 KERNELS := $(wildcard src/distserve/engine/kernels/*.[ch] src/distserve/engine/kernels/*.py src/distserve/transfer/copying.* src/distserve/native.py)
+# What the simulator is made of, compiled for speed; nothing needs it to be (src/distserve/compiled.py).
+SIMULATOR := $(wildcard src/distserve/*.py src/distserve/sched/*.py src/distserve/costs/*.py src/distserve/sim/*.py)
 HUB := $(wildcard src/distserve/engine/hub.py)
 PEER := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench paper docs clean
+.PHONY: help setup ready demo test check format bench paper docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1|/' | \
 	  while IFS='|' read -r name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
 
-setup: $(VENV)/.installed $(VENV)/.kernels $(VENV)/.weights ## make .venv with pinned dependencies, compile the CPU kernels, fetch the demo model
+setup: ready $(VENV)/.compiled ## make .venv with pinned dependencies, compile kernels and simulator, fetch the demo model
 
-demo: setup ## set up if needed and serve the demo model, prefill and decode apart (PORT=8000); Ctrl-C stops it
+ready: $(VENV)/.installed $(VENV)/.kernels $(VENV)/.weights
+
+demo: ready ## set up if needed and serve the demo model, prefill and decode apart (PORT=8000); Ctrl-C stops it
 	@exec $(BIN)/distserve serve --port $(PORT)
 
 test: setup ## run the tests (about ten minutes on two cores; no GPU, no network)
@@ -67,6 +71,9 @@ $(VENV)/.kernels: $(VENV)/.installed $(KERNELS)
 	@test -z "$(KERNELS)" || $(BIN)/python -m distserve.engine.kernels
 	@test -z "$(KERNELS)" || $(BIN)/python -m distserve.transfer.copying
 	@touch $@
+
+$(VENV)/.compiled: $(VENV)/.installed $(SIMULATOR)
+	@$(BIN)/python -m distserve.precompile && touch $@
 
 $(VENV)/.weights: $(VENV)/.installed $(HUB)
 	@test -z "$(HUB)" || $(BIN)/python -m distserve.engine.hub demo

@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network, also where there is one
+# The sources as they are, which a test can take apart; set to nothing, the compiled modules are tested.
+os.environ.setdefault("DISTSERVE_INTERPRETED", "1")
 
 import pytest
 from hypothesis import settings

@@ -9,6 +9,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from distserve.compiled import install
+
 if TYPE_CHECKING:
     from distserve.cluster import Cluster
     from distserve.metrics import SLO
@@ -46,3 +48,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+install()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from distserve import compiled
 from distserve.catalogue import model_spec
 from distserve.cluster import Cluster
 from distserve.costs.choose import choose_costs
@@ -63,6 +64,8 @@ def run(options: Options) -> int:
         jobs=_processes(options.jobs),
         curves=options.plot is not None,
     )
+    if slow := compiled.notice():
+        show.say(f"note: {slow}")
     try:
         with show.progress(f"choosing a plan for {options.model} on {wish.cluster_name}") as say:
             answer = choose(wish, costs, say)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from distserve import metrics
+from distserve import compiled, metrics
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs
 from distserve.costs.choose import choose_costs
@@ -80,7 +80,8 @@ def run(options: Options) -> int:
         seed=options.seed if workload.rate is not None else None,
     )
     notes = [*workload.notes, *found.notes, *_unsteady(found, targets, report.warmup)]
-    for note in notes:
+    slow = compiled.notice()
+    for note in [*notes, slow] if slow else notes:
         print(f"distserve: note: {note}", file=sys.stderr)
     console = Console(stderr=options.json_out == "-", soft_wrap=True)
     show_report(report, _title(workload, costs), options.goal, console)

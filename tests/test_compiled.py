@@ -1,0 +1,95 @@
+"""The compiled modules are the same program: what they compute equals what the interpreter computes, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.test_architecture import house
+
+from distserve import compiled, precompile
+
+# Every kind of instance, alone and several, with room and without, with stages, by measured and by derived costs.
+SCRIPT = """
+import json, sys
+from distserve import compiled
+from distserve.costs.choose import choose_costs
+from distserve.plan import InstanceSpec, Plan, Policy, Role
+from distserve.sim.simulate import imagine
+from distserve.workload import Workload
+
+def instances(text):
+    for part in text.split(" + "):
+        role, tp, pp, count, *policy = part.split()
+        yield InstanceSpec(Role(role), int(tp), int(pp), int(count), policy=Policy(policy[0]) if policy else None)
+
+found = []
+for model, device, costs, rate, text in json.loads(sys.argv[1]):
+    chosen = choose_costs(model, device, costs)
+    workload = Workload.load("sharegpt").draw(rate, 250, seed=3).clipped(chosen.spec.max_model_len)
+    batches = []
+    trace = lambda name, start, items: batches.append((name, start.hex(), items))
+    run = imagine(Plan(tuple(instances(text))), workload, chosen, trace=trace)
+    times = ("started", "first", "pull_started", "pulled", "last")
+    lives = [[float(getattr(life, name)).hex() for name in times] for life in run.lives]
+    usage = [(name, use.busy.hex(), use.steps, use.batch, use.context) for name, use in run.usage.items()]
+    found.append([run.end.hex(), lives, usage, sorted(batches)])
+print(json.dumps([compiled.in_use(), found]))
+"""
+CASES = [
+    ("facebook/opt-13b", "a100-80g", None, 4.5, "prefill 2 1 1 + decode 1 1 1"),
+    ("facebook/opt-13b", "h100-80g", None, 30.0, "prefill 2 1 2 + decode 1 1 3"),
+    ("facebook/opt-66b", "a100-80g", None, 4.0, "prefill 4 1 1 + decode 2 2 1"),
+    ("Qwen/Qwen3-32B", "h100-80g", None, 6.0, "prefill 4 2 1 + decode 4 2 1 + colocated 4 1 1 chunked"),
+    ("facebook/opt-13b", "a100-80g", "a100-80g-vllm", 3.0, "colocated 1 1 2 prefill-first"),
+    ("Qwen/Qwen3-32B", "h100-80g", None, 9.0, "colocated 2 2 1 chunked + colocated 2 1 1 chunked"),
+]
+
+
+def imagined(interpreted: bool) -> list[object]:
+    """[whether the compiled modules ran, what came of it]"""
+    environment = {key: value for key, value in os.environ.items() if key != compiled.OFF}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES)]
+    if interpreted:
+        environment[compiled.OFF] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found: list[object] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_compiled_and_interpreted_results_are_equal() -> None:
+    try:
+        precompile.build()
+    except precompile.BuildError as error:
+        pytest.skip(str(error))
+    (compiled_ran, ours), (interpreter_ran, theirs) = imagined(interpreted=False), imagined(interpreted=True)
+    assert compiled_ran
+    assert not interpreter_ran
+    assert ours == theirs
+
+
+def test_all_sources_that_shape_the_code_are_in_its_hash() -> None:
+    """A type that changes beneath compiled code would be another program."""
+    modules = house()
+    seen: set[str] = set()
+    waiting = list(compiled.MODULES)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += sorted(modules[name].inside)
+    rooms = {name for name in seen if modules[name].path.name == "__init__.py"}
+    assert seen - rooms == {*compiled.MODULES, *compiled.TYPES}
+
+
+def test_who_waits_for_the_interpreter_is_told_how_not_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(compiled.OFF, "1")
+    assert compiled.notice() is None, "who asked for it is told nothing"
+    monkeypatch.delenv(compiled.OFF)
+    assert compiled.in_use() or "distserve.precompile" in (compiled.notice() or "")
