@@ -40,6 +40,19 @@ def test_what_bench_writes_can_be_replayed() -> None:
     assert [arrival.arrival for arrival in traces.parse(text, "f").arrivals] == [0.0, 0.125]
 
 
+def test_a_recording_is_sorted_and_its_unanswered_requests_get_a_length() -> None:
+    head = "arrival,prompt_tokens,output_tokens,ttft,tpot,status,max_tokens\n"
+    rows = ["1700000003.5,10,30,0.1,0.02,ok,64", "1700000001.25,20,10,0.1,0.02,ok,64", "1700000002.25,7,0,,,refused,64"]
+    trace = traces.parse(head + "\n".join([*rows, "1700000004.25,9,0,,,cancelled,5"]), "f")
+    assert [(r.prompt_tokens, r.output_tokens) for r in trace.arrivals] == [(20, 10), (7, 20), (10, 30), (9, 5)]
+    assert [r.arrival for r in trace.arrivals] == [0.0, 1.0, 2.25, 3.0]
+    assert trace.notes == (
+        "2 of 4 requests were not answered; they are taken to want the mean of 20 tokens, or as few as they asked for",
+    )
+    nobody = traces.parse(head + "\n".join(rows[2:]), "f")
+    assert [(r.prompt_tokens, r.output_tokens) for r in nobody.arrivals] == [(7, 1)]
+
+
 def test_mooncake_in_seconds_as_recorded() -> None:
     trace = traces.parse(MOONCAKE, "f")
     assert trace.arrivals == (Arrival(27.482, 6955, 52), Arrival(30.535, 6472, 26))

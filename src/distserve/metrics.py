@@ -27,6 +27,10 @@ from typing import Any, TextIO
 from distserve.errors import UsageError
 
 OK = "ok"  # the status of a request that got its whole answer; any other names what went wrong
+REFUSED = "refused"  # 429: the server protects those it has admitted
+UNAVAILABLE = "unavailable"  # 503
+SERVER_ERROR = "server_error"  # any other failure of the server, or an error inside the stream
+CANCELLED = "cancelled"  # the client went away
 QUANTILES = (0.5, 0.9, 0.99)
 CONFIDENCE = 0.95
 

@@ -1,11 +1,14 @@
 """Files that say which requests came when. Reads ours and the public traces; knows nothing of what they are for.
 
     ours       CSV or JSONL   arrival (s, optional), prompt_tokens, output_tokens, app (optional); other columns ignored
+    recorded   CSV or JSONL   the same and status, max_tokens (optional): what `serve --record`, `--requests-out` write
     Mooncake   JSONL or CSV   timestamp (ms), input_length, output_length
     Azure      CSV or JSONL   TIMESTAMP (date and time), ContextTokens, GeneratedTokens
 
 Our own files are taken at their word or refused. Traces are recordings of real systems: what cannot be replayed as
-recorded (rows out of order, answers of no token) is mended, and `notes` says so. Any of them may be gzipped.
+recorded (rows out of order, answers of no token) is mended, and `notes` says so. Of a request that was refused, or
+failed before its answer began, nobody knows how long the answer would have been: it is given the mean length of those
+that are known, but no more than it asked for. Any of them may be gzipped.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import gzip
 import io
 import json
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -62,6 +66,7 @@ class _Format:
     time: Callable[[object], float]  # reads the arrival column, to seconds; raises ValueError
     recorded: bool  # mend rather than refuse
     absolute: bool = False  # times are dates: the first becomes 0
+    quiet: bool = False  # rows are out of order as a rule: no word about it
 
 
 def _seconds(value: object) -> float:
@@ -77,8 +82,10 @@ def _date(value: object) -> float:
         return _seconds(value)  # some copies of the traces count seconds
 
 
+_OURS = _Format("distserve", "arrival", "prompt_tokens", "output_tokens", _seconds, recorded=False)
+_RECORDED = replace(_OURS, recorded=True, absolute=True, quiet=True)  # rows are in the order in which requests ended
 _FORMATS = (
-    _Format("distserve", "arrival", "prompt_tokens", "output_tokens", _seconds, recorded=False),
+    _OURS,
     _Format("Mooncake", "timestamp", "input_length", "output_length", lambda v: _seconds(v) / 1000, recorded=True),
     _Format("Azure", "TIMESTAMP", "ContextTokens", "GeneratedTokens", _date, recorded=True, absolute=True),
 )
@@ -96,18 +103,22 @@ def parse(text: str, source: str) -> Trace:
     if first is None:
         raise WorkloadError(f"{source}: no requests: give at least one below the line of column names")
     shape = _format(first[1], source)
+    if shape is _OURS and "status" in first[1]:
+        shape = _RECORDED
     timed = first[1].get(shape.arrival) is not None
     found: list[Arrival] = []
-    origin: float | None = None
+    limits: dict[int, int] = {}  # by place: tokens that an answer of unknown length may have
     num_raised = num_late = 0
     for line, row in _chain(first, rows):
         try:
             time = _time(row, shape) if timed else 0.0
-            if shape.absolute:
-                origin = time if origin is None else min(origin, time)
             prompt, output = _count(row, shape.prompt), _count(row, shape.output)
-            if shape.recorded and min(prompt, output) == 0:
+            if output == 0 and row.get("status") not in (None, "ok"):
+                limits[len(found)] = _count(row, "max_tokens") if row.get("max_tokens") is not None else sys.maxsize
+                output = 1
+            elif shape.recorded and min(prompt, output) == 0:
                 num_raised += 1
+            if shape.recorded:
                 prompt, output = max(prompt, 1), max(output, 1)
             request = Arrival(time, prompt, output, str(row.get("app") or ""))
         except WorkloadError as error:
@@ -120,19 +131,28 @@ def parse(text: str, source: str) -> Trace:
                     "sort the file by arrival"
                 )
         found.append(request)
-    return _mended(found, timed, origin or 0.0, num_raised, num_late)
-
-
-def _mended(found: list[Arrival], timed: bool, origin: float, num_raised: int, num_late: int) -> Trace:
-    notes = []
+    notes = _give_lengths(found, limits)
     if num_raised:
         notes.append(f"{num_raised} of {len(found)} requests had 0 tokens of prompt or answer; they count as 1")
     if num_late:
-        notes.append(f"{num_late} of {len(found)} requests were out of order; they are sorted by arrival")
         found.sort(key=lambda request: request.arrival)
-    if origin:
-        found = [Arrival(r.arrival - origin, r.prompt_tokens, r.output_tokens, r.app) for r in found]
+        if not shape.quiet:
+            notes.append(f"{num_late} of {len(found)} requests were out of order; they are sorted by arrival")
+    if shape.absolute and (origin := found[0].arrival):
+        found = [replace(request, arrival=request.arrival - origin) for request in found]
     return Trace(tuple(found), timed, tuple(notes))
+
+
+def _give_lengths(found: list[Arrival], limits: Mapping[int, int]) -> list[str]:
+    """Answers of unknown length, at these places, get the mean of the others; returns what to say about it."""
+    known = [request.output_tokens for place, request in enumerate(found) if place not in limits]
+    if not limits or not known:
+        return []
+    mean = max(1, round(sum(known) / len(known)))
+    for place, limit in limits.items():
+        found[place] = replace(found[place], output_tokens=min(mean, max(1, limit)))
+    note = f"{len(limits)} of {len(found)} requests were not answered; they are taken to want the mean of {mean} tokens"
+    return [f"{note}, or as few as they asked for"]
 
 
 def _text(path: Path) -> str:

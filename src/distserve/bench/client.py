@@ -16,11 +16,8 @@ from distserve.traces import Arrival
 
 clock = time.perf_counter  # of every time stamp in this folder
 
-# The statuses of failed requests, as reports and CSV files show them.
-REFUSED = "refused"  # 429: the server protects those it has admitted
-UNAVAILABLE = "unavailable"  # 503
+# The statuses of failed requests, as reports and CSV files show them, beside those of `metrics`.
 REJECTED = "rejected"  # any other 4xx: the server finds the request wrong
-SERVER_ERROR = "server_error"  # any other status, or an error inside the stream
 UNREACHABLE = "unreachable"  # no connection
 DISCONNECTED = "disconnected"  # the connection broke, or the stream ended before the answer did
 TIMEOUT = "timeout"
@@ -115,7 +112,7 @@ def _result(answer: Answer, asked: Arrival, due: float, sent: float, status: str
 def _verdict(answer: Answer, content_type: str) -> tuple[str, str]:
     """Status and message of a stream that came with HTTP status 200 and is over."""
     if answer.error is not None:
-        return SERVER_ERROR, answer.error
+        return metrics.SERVER_ERROR, answer.error
     if answer.first is None and content_type != "text/event-stream":
         return BAD_STREAM, f"the server answered with {content_type}, not with a stream of events"
     if answer.first is None:
@@ -127,8 +124,8 @@ def _verdict(answer: Answer, content_type: str) -> tuple[str, str]:
 
 def _status(code: int) -> str:
     if code in (429, 503):
-        return REFUSED if code == 429 else UNAVAILABLE
-    return REJECTED if 400 <= code < 500 else SERVER_ERROR
+        return metrics.REFUSED if code == 429 else metrics.UNAVAILABLE
+    return REJECTED if 400 <= code < 500 else metrics.SERVER_ERROR
 
 
 def reason(error: Exception) -> str:

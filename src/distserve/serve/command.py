@@ -97,6 +97,22 @@ def serve(
         ),
     ] = 30.0,
     log_level: Annotated[str, typer.Option(metavar="debug|info|warning|error", help="Least level to log.")] = "info",
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append when requests came, how long they were and how they fared (never their text) to this .csv or "
+            ".jsonl file: a workload that simulate, plan and bench take.",
+        ),
+    ] = None,
+    record_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="A recording of this size is renamed to NAME.1 and a new one begun; the one before is dropped.  "
+            "[default: 64MiB]",
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over the OpenAI API.
 
@@ -109,11 +125,15 @@ def serve(
       distserve serve ./my-model --port 9000                 # a checkpoint in a folder
       distserve serve model.gguf --kv-memory 2GiB            # weights as llama.cpp has them
       distserve serve meta-llama/Llama-3.1-8B --plan p.toml  # the instances that the plan names
+      distserve serve --record traffic.jsonl                 # for what-if on it: distserve simulate -w traffic.jsonl
     """
     try:
         memory = parse_memory(kv_memory) if kv_memory is not None else None
     except UsageError as error:
         raise UsageError(f"--kv-memory: {error}") from None
+    size = parse_memory(record_size) if record_size is not None else None
+    if isinstance(size, float):
+        raise UsageError(f"--record-size {record_size} is a share: give a size such as 64MiB")
     options = ServeOptions(
         model=model,
         plan=plan,
@@ -130,6 +150,8 @@ def serve(
         max_queue=max_queue,
         shutdown_timeout=shutdown_timeout,
         log_level=log_level,
+        record=record,
+        record_size=size,
     )
     from distserve.serve.launch import serve as launch  # after the options were checked: it takes a second
 

@@ -46,7 +46,9 @@ class Gateway:
         *,
         max_model_len: int,
         limits: GatewayLimits | None = None,
+        ended: Callable[[RequestStream], None] = lambda stream: None,
     ) -> None:
+        """`ended` hears of every request that is over, also of refused ones."""
         self.instances = instances
         self.max_model_len = max_model_len
         self.max_kv_tokens: int | None = None  # known when instances have told what they can hold
@@ -54,6 +56,7 @@ class Gateway:
         self._telemetry = telemetry
         self._clock = clock
         self._limits = limits or GatewayLimits()
+        self._ended = ended
         self._ids = itertools.count(1)
         self.num_live = 0
         self._mean_seconds = 1.0  # from a request's admission to its end, over the last requests
@@ -113,6 +116,7 @@ class Gateway:
             self._admit(request)
         except (OverloadedError, UnavailableError) as error:
             stream.fail(error)
+            self._ended(stream)
             return
         request.arrival = self._clock()
         self.num_live += 1
@@ -126,6 +130,7 @@ class Gateway:
             self._mean_seconds += 0.1 * (self._clock() - request.arrival - self._mean_seconds)
             self._telemetry.prompt_tokens.inc(len(request.prompt))
             self._telemetry.output_tokens.inc(len(request.output))
+            self._ended(stream)
 
     def _admit(self, request: Request) -> None:
         if self._closing:

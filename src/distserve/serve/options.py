@@ -39,6 +39,8 @@ class ServeOptions:
     max_queue: int | None = None  # requests admitted and not yet finished; None: the scheduler's own limit
     shutdown_timeout: float = 30.0  # seconds that running requests get after SIGTERM
     log_level: str = "info"
+    record: Path | None = None  # where arrivals, lengths and outcomes are written; None: nowhere
+    record_size: int | None = None  # bytes after which that file is put aside and a new one begun; None: 64 MiB
 
     def __post_init__(self) -> None:
         if self.model is not None and not self.model.strip():
@@ -69,6 +71,8 @@ class ServeOptions:
                 parse_memory(self.kv_memory)
             except UsageError as error:
                 raise UsageError(f"--kv-memory: {error}") from None
+        if self.record is None and self.record_size is not None:
+            raise UsageError("--record-size is the size of a recording: give --record FILE with it")
         if any(not name for name in self.served_model_names):
             raise UsageError("--served-model-name is empty: give the name that clients are to use")
         if any(not key for key in self.api_keys):

@@ -20,15 +20,15 @@ class RequestStream:
 
     __slots__ = (
         "_clock",
-        "_error",
-        "_first",
-        "_last",
         "_over",
         "_task",
         "_telemetry",
         "_tokens",
         "_waiter",
+        "error",
         "finish",
+        "first",
+        "last",
         "request",
     )
 
@@ -41,13 +41,13 @@ class RequestStream:
     ) -> None:
         self.request = request
         self.finish: FinishReason | None = None  # why it has ended well
+        self.error: Exception | None = None  # why it has not
+        self.first = self.last = 0.0  # clock of the first and latest token; 0.0: none came
         self._telemetry = telemetry
         self._clock = clock
         self._tokens: list[Token] = []  # not taken yet
         self._waiter: asyncio.Future[None] | None = None
-        self._error: Exception | None = None
         self._over = False  # nothing more is taken in
-        self._first = self._last = 0.0  # clock of the first and latest token
         self._task = asyncio.create_task(work(self))
 
     # -- handed in ----------------------------------------------------------------------------------------------------
@@ -56,12 +56,12 @@ class RequestStream:
         if self._over:
             return  # it was closed, and the instance does not know yet
         now = self._clock()
-        if self._first:
-            self._telemetry.gap.observe(now - self._last)
+        if self.first:
+            self._telemetry.gap.observe(now - self.last)
         else:
-            self._first = now
+            self.first = now
             self._telemetry.ttft.observe(now - self.request.arrival)
-        self._last = now
+        self.last = now
         self.request.output.append(token.id)
         self._tokens.append(token)
         if token.finish is not None:
@@ -69,14 +69,14 @@ class RequestStream:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        self._error, self._over = error, True
+        self.error, self._over = error, True
         self._wake()
 
     def _end(self, finish: FinishReason) -> None:
         self.finish, self._over = finish, True
         request, now = self.request, self._clock()
         lengths = len(request.prompt), len(request.output)
-        self._telemetry.observe_end(finish, *lengths, now - request.arrival, now - self._first)
+        self._telemetry.observe_end(finish, *lengths, now - request.arrival, now - self.first)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -89,8 +89,8 @@ class RequestStream:
 
     async def __anext__(self) -> list[Token]:
         while not self._tokens:
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             if self._over:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
