@@ -91,6 +91,7 @@ async def _serve(
     from distserve.serve.gateway import Gateway
     from distserve.serve.http.api import ApiOptions, build_app
     from distserve.serve.http.tokens import load_tokenizer
+    from distserve.serve.record import recording
     from distserve.serve.server import LoadingDisplay, Server
     from distserve.serve.telemetry import Telemetry
 
@@ -99,7 +100,10 @@ async def _serve(
     fleet = Fleet(found, display.show)
     admission = AdmissionPolicy(max_requests=options.max_queue) if options.max_queue else AdmissionPolicy()
     context = options.max_model_len or spec.max_model_len
-    gateway = Gateway(fleet.remotes, Router(admission), telemetry, time.monotonic, max_model_len=context)
+    record = recording(options.record, options.record_size, clock=time.monotonic)
+    gateway = Gateway(
+        fleet.remotes, Router(admission), telemetry, time.monotonic, max_model_len=context, ended=record.note
+    )
     fleet.on_change = gateway.changed
     fleet.observe(telemetry)
     await fleet.start()
@@ -118,6 +122,7 @@ async def _serve(
     finally:
         display.close()
         await fleet.stop()
+        record.close()
 
 
 def _banner(options: ServeOptions, model: str, found: list[Start], listener: socket.socket) -> str:
