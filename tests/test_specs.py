@@ -100,7 +100,6 @@ def test_families_that_are_planned_only_count_as_transformers_does(family: str) 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32}, "opt-350m"),
         ({"model_type": "opt", "ffn_dim": 64, "enable_bias": False}, "without biases"),
         (
             {"model_type": "opt", "ffn_dim": 64, "activation_function": "silu"},

@@ -85,7 +85,9 @@ class ModelSpec:
     mlp_bias: bool = False
     gated_mlp: bool = True  # three matrices (gate, up, down); else two (up, down)
     layer_norm: bool = False  # norms have a bias, too (LayerNorm); else RMS norms
+    norm_after: bool = False  # norms follow attention and MLP, on the sum with the residual stream; none is last
     position_rows: int = 0  # rows of the table of learned positions; 0: rotary
+    embedding_size: int = 0  # of a token's vector, projected to the hidden size and back before the head; 0: the same
     dtype: str = "bfloat16"  # the checkpoint's own
     eos_token_ids: tuple[int, ...] = ()
 
@@ -103,10 +105,10 @@ class ModelSpec:
 
     @property
     def num_parameters(self) -> int:
-        per_norm = self.hidden_size * (2 if self.layer_norm else 1)
-        tables = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        positions = self.position_rows * self.hidden_size
-        return tables + positions + self.num_layers * (self.layer_matrices + self.layer_vectors) + per_norm
+        last_norm = 0 if self.norm_after else self.hidden_size * (2 if self.layer_norm else 1)
+        tables = self.vocab_size * (self.embedding_size or self.hidden_size) * (1 if self.tied_embeddings else 2)
+        tables += (self.position_rows + 2 * self.embedding_size) * self.hidden_size
+        return tables + self.num_layers * (self.layer_matrices + self.layer_vectors) + last_norm
 
     @property
     def layer_matrices(self) -> int:
@@ -163,7 +165,9 @@ class ModelSpec:
             mlp_bias=old or bool(config.get("mlp_bias", False)),
             gated_mlp=not old,
             layer_norm=old,
+            norm_after=family == "opt" and not config.get("do_layer_norm_before", True),
             position_rows=0 if not old else context + (2 if family == "opt" else 0),  # OPT's first two pad
+            embedding_size=_embedding_size(config, hidden) if family == "opt" else 0,
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
             eos_token_ids=_ids(config.get("eos_token_id"), (generation or {}).get("eos_token_id")),
         )
@@ -251,15 +255,13 @@ def _refuse(config: Config, family: str) -> None:
         raise ModelError(f"the checkpoint's activation is {act!r}; supported for its family: {known[0]!r}")
     if config.get("use_sliding_window") and family in ("qwen2", "qwen3"):
         raise ModelError("the checkpoint attends to a window in some of its layers only, which is not supported")
-    if family == "opt":
-        width = config.get("word_embed_proj_dim", config.get("hidden_size"))
-        if width != config.get("hidden_size") or not config.get("do_layer_norm_before", True):
-            raise ModelError(
-                "the checkpoint projects its embeddings or normalises after each block (as opt-350m does), which is "
-                "not supported; take another size of OPT"
-            )
-        if not config.get("enable_bias", True) or config.get("_remove_final_layer_norm"):
-            raise ModelError("the checkpoint is an OPT without biases or without a last norm; take one of Meta's own")
+    if family == "opt" and (not config.get("enable_bias", True) or config.get("_remove_final_layer_norm")):
+        raise ModelError("the checkpoint is an OPT without biases or without a last norm; take one of Meta's own")
+
+
+def _embedding_size(config: Config, hidden: int) -> int:
+    size = int(config.get("word_embed_proj_dim") or hidden)
+    return 0 if size == hidden else size
 
 
 def _number(config: Config, key: str) -> int:
@@ -307,8 +309,8 @@ def _llama3_rope(factors: Sequence[float], theta: float, head_dim: int) -> dict[
 
 
 def _context(max_positions: int, rope: Config | None) -> int:
-    """Tokens of context: linear scaling and YaRN stretch what the model was first trained on."""
-    if rope is None or rope["rope_type"] not in ("linear", "yarn"):
+    """Tokens of context: linear and dynamic scaling and YaRN stretch what the model was first trained on."""
+    if rope is None or rope["rope_type"] not in ("linear", "yarn", "dynamic"):
         return max_positions
     return int(rope.get("original_max_position_embeddings", max_positions) * float(rope.get("factor", 1.0)))
 

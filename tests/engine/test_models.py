@@ -65,9 +65,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 untied, sharded": ("GPT2", {"tie_word_embeddings": False, "max_shard_size": "60KB"}),
     "gpt2 inner": ("GPT2", {"n_inner": 90}),
     "opt": ("OPT", OPT),
+    "opt 350m": ("OPT", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 40}),
+    "opt norms after": ("OPT", {**OPT, "do_layer_norm_before": False}),
     "opt untied, sharded": ("OPT", {**OPT, "tie_word_embeddings": False, "max_shard_size": "60KB"}),
 }
-FAMILIES = ("gqa", "qwen2", "qwen3", "opt", "gpt2", "gpt2 inner")  # a case of each family
+FAMILIES = ("gqa", "qwen2", "qwen3", "opt", "opt 350m", "gpt2", "gpt2 inner")  # a case of each family
 
 
 def checkpoint(folder: Path, case: str, **more: Any) -> Any:
@@ -207,8 +209,6 @@ def test_a_gpt2_as_openai_saved_it(tmp_path: Path) -> None:
         ("gpt2", {"scale_attn_weights": False}, "attention of another kind"),
         ("gpt2", {"n_inner": 80}, r"c_fc\.weight of shape \[64, 256\].*\[64, 80\]"),
         ("gpt2", {"architectures": ["GPT2DoubleHeadsModel"]}, "does not generate text"),
-        ("opt", {"do_layer_norm_before": False}, "opt-350m"),
-        ("opt", {"word_embed_proj_dim": 32}, "opt-350m"),
         ("opt", {"num_key_value_heads": 2}, "4 attention heads over 2 KV heads"),
         ("qwen2", {"use_sliding_window": True}, "some of its layers"),
     ],

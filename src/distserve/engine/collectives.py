@@ -30,13 +30,15 @@ class Links(Protocol):
     """One rank's ways to the others. Not thread-safe."""
 
     member: Member  # which one of its stage's ranks it is
+    # `sum_` for callers in C: the address of a function (context, values, count) that returns 0, and its context
+    summer: tuple[int, int] | None
 
     def sum_(self, x: Tensor) -> Tensor:
         """Makes `x` (fp32, contiguous) the sum of that of every rank of the stage, in place."""
         ...
 
-    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
-        """`x` [R, widths[own place]] of every rank of the stage side by side, at its first place; None elsewhere."""
+    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        """`x` [R, widths[own index]] of every rank of the stage side by side at its first rank; [0, sum] elsewhere."""
         ...
 
     def send(self, x: Tensor) -> None:
@@ -54,11 +56,12 @@ class _Alone:
     """Of an instance's only rank."""
 
     member = Member()
+    summer: tuple[int, int] | None = None
 
     def sum_(self, x: Tensor) -> Tensor:
         return x
 
-    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
+    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         return x
 
     def send(self, x: Tensor) -> None:
@@ -84,6 +87,8 @@ def connect(place: Place, device: torch.device, rendezvous: Path) -> Links:
 
 class ProcessGroups:
     """Over torch.distributed: gloo between CPUs, NCCL between GPUs."""
+
+    summer: tuple[int, int] | None = None
 
     def __init__(self, place: Place, device: torch.device, rendezvous: Path) -> None:
         import torch.distributed as dist
@@ -111,7 +116,7 @@ class ProcessGroups:
             self._dist.all_reduce(x, group=self._stage)
         return x
 
-    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
+    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         if self._stage is None:
             return x
         size, widest = len(x), max(widths)
@@ -122,7 +127,7 @@ class ProcessGroups:
         first = self._place.stage * self.member.size
         if self.member.index:
             self._dist.gather(padded, dst=first, group=self._stage)
-            return None
+            return x.new_empty((0, sum(widths)))
         parts = [torch.empty_like(padded) for _ in widths]
         self._dist.gather(padded, parts, dst=first, group=self._stage)
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,11 @@ class GGUFFile:
             except NotImplementedError as error:
                 raise ModelError(f"{self.path}: {name} is quantized as {kind.name}, which is not supported") from error
             yield values.astype(np.float32, copy=False).reshape(len(piece), -1)
+
+    def forget(self) -> None:
+        """What was read of a mapped file counts as this process's memory until it says that it is done with it."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def vector(self, name: str) -> list[float] | None:
         """The values of a vector; None where the file has no such tensor."""

@@ -14,7 +14,9 @@ import torch
 
 from distserve.engine import hub, weights
 from distserve.engine.base import EngineOptions
+from distserve.engine.collectives import ALONE, Links
 from distserve.engine.models.base import Model, build
+from distserve.engine.parallel import Place
 from distserve.errors import ModelError, PlanError
 from distserve.specs import DTYPE_BYTES, ModelSpec
 
@@ -26,24 +28,31 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """Weights on a device, packed for it. Nothing writes to it any more."""
+    """One rank's weights on a device, packed for it. Nothing writes to it any more."""
 
-    spec: ModelSpec
-    model: Model
+    spec: ModelSpec  # of the whole model
+    model: Model  # this rank's part of it
     dtype: str
     device: torch.device
     max_model_len: int  # tokens of context, as the checkpoint and the options allow
 
 
-def load(options: EngineOptions, progress: Progress) -> LoadedModel:
-    """Of `options` it heeds the model, the device, the dtype and the context. Raises `ModelError`, `PlanError`."""
+def load(options: EngineOptions, progress: Progress, place: Place | None = None, links: Links = ALONE) -> LoadedModel:
+    """Of `options` it heeds the model, the device, the dtype and the context. `place`, `links`: of a rank among several
+    (None: the only one). Raises `ModelError`, `PlanError`."""
     path = Path(options.model)
     progress(0.0, "reading the configuration")
     spec = hub.read_spec(path)
     device, dtype, context = _device(options.device), _dtype(options.dtype, spec), _context(options, spec)
     with torch.inference_mode():
-        model = build(spec, getattr(torch, dtype))
-        weights.load(path, model, device, lambda fraction: progress(0.05 + 0.85 * fraction, "loading weights"))
+        model = build(spec, getattr(torch, dtype), place, links)
+        weights.load(
+            path,
+            model,
+            device,
+            lambda fraction: progress(0.05 + 0.85 * fraction, "loading weights"),
+            mixed=options.dtype != "auto",
+        )
         model.finish(context, device)
     _trim_heap()
     _keep_scratch()

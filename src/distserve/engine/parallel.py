@@ -33,6 +33,10 @@ class Member:
     index: int = 0
     size: int = 1
 
+    def all(self) -> list[Member]:
+        """It and its likes, in order."""
+        return [Member(index, self.size) for index in range(self.size)]
+
 
 ALONE = Member()
 

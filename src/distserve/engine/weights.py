@@ -1,7 +1,9 @@
-"""Streams a checkpoint's tensors into a model, one at a time and straight into the dtype it computes in.
+"""Streams a checkpoint's tensors into one rank's part of a model, one at a time and straight into the dtype it computes
+in; of a tensor that ranks share only this one's slices.
 
 A checkpoint is a folder of safetensors files or one GGUF file. Everything that can be wrong with its table of contents
-is found before a weight is read; a module is packed as soon as it is full, so that at most one of them exists twice.
+is found before a weight is read, by every rank; a module is packed as soon as it is full, so that at most one of them
+exists twice.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from torch import Tensor, nn
 
 from distserve.engine.gguf_file import GGUFFile
 from distserve.engine.models.base import Model, Slot
-from distserve.engine.parallel import ALONE, Member, share
+from distserve.engine.parallel import Split, share
 from distserve.errors import ModelError
 
 # Saved although they are computed from the configuration.
 _COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rope_freqs.weight")
+
+_DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
+_KEPT = 64 << 20  # bytes of a file that may stay mapped in memory between modules
 
 Slices = tuple[slice, ...]
 
@@ -32,9 +37,14 @@ class Checkpoint(Protocol):
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]  # of tensors that are stored unquantized
 
     def read(self, slot: Slot, slices: Slices, into: Tensor) -> None:
         """Fills `into` with a tensor's `slices`, converted to its dtype and device."""
+        ...
+
+    def forget(self) -> None:
+        """Gives back the memory in which what was read lies once more; called between modules."""
         ...
 
 
@@ -43,27 +53,40 @@ def load(
     model: Model,
     device: torch.device,
     progress: Callable[[float], None] = lambda fraction: None,
-    member: Member = ALONE,
+    mixed: bool = True,
 ) -> None:
-    """Fills the modules of `model` (on the meta device) from the checkpoint at `path` and packs them."""
+    """Fills the modules of `model` (on the meta device) from the checkpoint at `path` and packs them. `mixed`: whether
+    its tensors may be stored in several dtypes."""
     with ExitStack() as stack:
         checkpoint: Checkpoint = (
             GGUFCheckpoint(path, model) if path.is_file() else SafetensorsCheckpoint(path, stack, model.prefix)
         )
         slots = model.slots()
         _check(checkpoint, slots, model)
-        todo: dict[str, list[Slot]] = {}
-        for slot in slots:
-            todo.setdefault(slot.module, []).append(slot)
-        modules = [(name, module) for name, module in model.named_modules() if name in todo or name == "head"]
+        _check_dtypes(checkpoint, slots, mixed)
+        todo = _held(slots, model)
+        modules = [(name, module) for name, module in model.named_modules() if name in todo]
         for i, (name, module) in enumerate(modules):
             module.to_empty(device=device)
-            for slot in todo.get(name, ()):
-                slices = share(slot.shape, slot.split, slot.units, member)
+            for slot in todo[name]:
+                slices = share(slot.shape, slot.split, slot.units, model.place.member)
                 checkpoint.read(slot, slices, _target(module, slot))
             if callable(pack := getattr(module, "pack", None)):
                 pack()
+            checkpoint.forget()
             progress((i + 1) / len(modules))
+
+
+def _held(slots: list[Slot], model: Model) -> dict[str, list[Slot]]:
+    """The slots that fill this rank's modules, by module."""
+    modules, index = dict(model.named_modules()), model.place.member.index
+    todo: dict[str, list[Slot]] = {}
+    for slot in slots:
+        if slot.module in modules and (slot.split is not Split.ONCE or index == 0):
+            todo.setdefault(slot.module, []).append(slot)
+    filled = {f"{slot.module}.{slot.parameter}" for found in todo.values() for slot in found}
+    assert filled == {name for name, _ in model.named_parameters()}, "a parameter that no tensor fills, or none has"
+    return todo
 
 
 def _target(module: nn.Module, slot: Slot) -> Tensor:
@@ -97,31 +120,70 @@ def _check(checkpoint: Checkpoint, slots: list[Slot], model: Model) -> None:
         )
 
 
+def _check_dtypes(checkpoint: Checkpoint, slots: list[Slot], mixed: bool) -> None:
+    used = {slot.source: checkpoint.dtypes[slot.source] for slot in slots if slot.source in checkpoint.dtypes}
+    for source, dtype in used.items():
+        if dtype not in _DTYPES:
+            raise ModelError(
+                f"the checkpoint {checkpoint.path} holds {source} as {dtype}, which is not supported; take one in "
+                f"{', '.join(_DTYPES)}"
+            )
+    kinds = sorted(set(used.values()))
+    if len(kinds) > 1 and not mixed:
+        examples = ", ".join(f"{next(s for s, d in used.items() if d == kind)} as {kind}" for kind in kinds)
+        raise ModelError(
+            f"the checkpoint {checkpoint.path} mixes dtypes ({examples}); say with --dtype which one to compute in"
+        )
+
+
 class SafetensorsCheckpoint:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` lists. Open until `stack` closes. Where no
-    name begins with `prefix`, all are taken to."""
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` lists. Where no name begins with `prefix`,
+    all are taken to. Files are open until `stack` closes, and reopened after `forget`: what was read of a mapped file
+    counts as this process's memory until then."""
 
     def __init__(self, path: Path, stack: ExitStack, prefix: str = "") -> None:
+        self.path = path
+        self._places: dict[str, Path] = {}  # the file that holds a tensor
+        self._open: dict[Path, Any] = {}
+        self._since_forgotten = 0  # bytes read
+        stack.callback(self._close)
+        shapes, dtypes = {}, {}
+        for file in _shards(path):
+            opened = self._file(file)
+            for name in opened.keys():  # noqa: SIM118
+                self._places[name] = file
+                table = opened.get_slice(name)
+                shapes[name], dtypes[name] = tuple(table.get_shape()), table.get_dtype()
+        left_out = "" if any(name.startswith(prefix) for name in shapes) else prefix
+        self._left_out = left_out
+        self.shapes = {left_out + name: shape for name, shape in shapes.items()}
+        self.dtypes = {left_out + name: dtype for name, dtype in dtypes.items()}
+
+    def _file(self, path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
-        self.path = path
-        self._files: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in _shards(path):
+        if path not in self._open:
             try:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
+                self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"cannot read {file} ({error}); it is missing or truncated, fetch it again") from error
-            for name in opened.keys():  # noqa: SIM118
-                self._files[name] = opened
-                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-        self._left_out = "" if any(name.startswith(prefix) for name in self.shapes) else prefix
-        self.shapes = {self._left_out + name: shape for name, shape in self.shapes.items()}
+                raise ModelError(f"cannot read {path} ({error}); it is missing or truncated, fetch it again") from error
+        return self._open[path]
 
     def read(self, slot: Slot, slices: Slices, into: Tensor) -> None:
         name = slot.source.removeprefix(self._left_out)
-        values = self._files[name].get_slice(name)[slot.stored_slices(slices)]
+        values = self._file(self._places[name]).get_slice(name)[slot.stored_slices(slices)]
         into.copy_(values.T if slot.transposed and values.dim() > 1 else values)
+        self._since_forgotten += values.nbytes
+
+    def forget(self) -> None:
+        if self._since_forgotten > _KEPT:
+            self._close()
+            self._since_forgotten = 0
+
+    def _close(self) -> None:
+        for opened in self._open.values():
+            opened.__exit__(None, None, None)
+        self._open.clear()
 
 
 def _shards(path: Path) -> list[Path]:
@@ -158,6 +220,7 @@ class GGUFCheckpoint:
             self._names[slot.source] = slot.source if stored is None else stored
         ours = {stored: name for name, stored in self._names.items()}
         self.shapes = {ours.get(name, name): tensor.shape for name, tensor in self._file.tensors.items()}
+        self.dtypes: dict[str, str] = {}  # each tensor has its own kind of quantization
 
     def read(self, slot: Slot, slices: Slices, into: Tensor) -> None:
         rows = np.arange(slot.shape[0])
@@ -168,3 +231,6 @@ class GGUFCheckpoint:
             values = torch.from_numpy(piece if len(slices) == 1 else piece[:, slices[1]])
             into[first : first + len(values)].copy_(values)
             first += len(values)
+
+    def forget(self) -> None:
+        self._file.forget()

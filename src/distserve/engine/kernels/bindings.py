@@ -65,10 +65,17 @@ class Block(ctypes.Structure):
     ]
 
 
+# `Sum` of stack.h: (context, values, count) -> 0, or anything else where it failed.
+Sum = ctypes.CFUNCTYPE(_int, _pointer, _pointer, _int)
+
+
 class StackOfBlocks(ctypes.Structure):
     """`Stack` of stack.h."""
 
-    _fields_ = [("blocks", _pointer), ("num_blocks", _int), ("width", _int), ("eps", _double)]
+    _fields_ = [
+        *(("blocks", _pointer), ("num_blocks", _int), ("width", _int), ("eps", _double)),
+        *(("sum", Sum), ("context", _pointer)),
+    ]
 
 
 class Kernels:
@@ -93,7 +100,7 @@ class Kernels:
         self.gather = function("ds_gather", _pointer, _pointer, _int, _pointer, result=_int)
         if self.tiles:
             self.linear = function("ds_linear", _pointer, _pointer, _int, _int, _pointer, _int, _int)
-            self.stack = function("ds_stack", *(_pointer,) * 4, _int, _pointer, _pointer)
+            self.stack = function("ds_stack", *(_pointer,) * 4, _int, _pointer, _pointer, result=_int)
             self.stack_bytes = function("ds_stack_bytes", _pointer, _int, result=_int)
 
     def set_num_threads(self, count: int) -> None:

@@ -2,9 +2,10 @@
 
 from distserve.engine.layers.activation import gelu_tanh, silu_mul
 from distserve.engine.layers.attention import StepLayout, attention, rope_attention
-from distserve.engine.layers.linear import Embedding, GatedLinear, Head, Linear, MergedLinear
-from distserve.engine.layers.norm import add_layer_norm, add_rms_norm, rms_norm
+from distserve.engine.layers.linear import Embedding, GatedLinear, Linear, MergedLinear
+from distserve.engine.layers.norm import add_rms_norm, layer_norm, rms_norm
 from distserve.engine.layers.rope import Rotary
+from distserve.engine.layers.shared import Head, RowLinear, VocabularyEmbedding
 from distserve.engine.layers.stack import AttentionShape, BlockParts, Stack
 
 __all__ = [
@@ -16,12 +17,14 @@ __all__ = [
     "Linear",
     "MergedLinear",
     "Rotary",
+    "RowLinear",
     "Stack",
     "StepLayout",
-    "add_layer_norm",
+    "VocabularyEmbedding",
     "add_rms_norm",
     "attention",
     "gelu_tanh",
+    "layer_norm",
     "rms_norm",
     "rope_attention",
     "silu_mul",

@@ -155,34 +155,3 @@ class Embedding(nn.Module):
         if self.packed is not None:
             return self.packed.rows(ids.long().contiguous())
         return F.embedding(ids.long(), self.weight)
-
-
-class Head(nn.Module):
-    """The language model's head: x [R, C] -> fp32 logits [R, V]. Tied: it shares its embedding's one weight."""
-
-    def __init__(
-        self,
-        in_features: int,
-        num_embeddings: int,
-        *,
-        tied: Embedding | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.out = Linear(in_features, num_embeddings, dtype=dtype, device=device) if tied is None else None
-        self._owner = (tied or self.out,)  # in a tuple, so that the embedding stays its owner's submodule alone
-
-    def pack(self) -> None:
-        """Call once, after loading and moving to the device. A tied head uses what its embedding packed."""
-        if self.out is not None:
-            self.out.pack()
-
-    def logits(self, x: Tensor) -> Tensor:
-        owner = self._owner[0]
-        assert owner is not None
-        if owner.packed is not None:
-            return owner.packed.logits(x if x.stride(1) == 1 else x.contiguous())
-        return F.linear(x, owner.weight).float()
-
-    forward = logits

@@ -36,8 +36,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * weight.float()).to(weight.dtype)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(LayerNorm of `residual + x` in `x`'s dtype, `residual + x`), both [T, C]; `residual` is fp32. In plain torch
-    everywhere; each row is reduced by itself, so that it does not depend on its batch."""
-    total = residual + x
-    return F.layer_norm(total, weight.shape, weight.float(), bias.float(), eps).to(x.dtype), total
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of `x` [T, C] fp32, in `weight`'s dtype. In plain torch everywhere; each row is reduced by itself, so
+    that it does not depend on its batch."""
+    return F.layer_norm(x, weight.shape, weight.float(), bias.float(), eps).to(weight.dtype)

@@ -1,7 +1,12 @@
-"""The contract of a model family: modules, a table that says where each checkpoint tensor goes, and one forward pass.
+"""The contract of a model family: modules, a table that says where each checkpoint tensor goes, and one forward pass in
+four parts, so that each stage of a pipeline calls its own.
 
-A model is flat: tokens of all sequences lie in one axis, KV is written to and read from a paged cache that is passed
-in. It knows no scheduler, no sampling and no file format.
+    ids -> embed -> residual stream -> blocks -> ... -> blocks -> residual stream -> final -> logits
+           first stage                 every stage                                  last stage
+
+The residual stream [T, C] is fp32 and all that a stage hands to the next. A model is flat: tokens of all sequences lie
+in one axis, KV is written to and read from a paged cache that is passed in. It has the modules of one rank only. It
+knows no scheduler, no sampling, no file format, and of other ranks only the links.
 """
 
 from __future__ import annotations
@@ -13,8 +18,9 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from distserve.engine.layers import StepLayout
-from distserve.engine.parallel import Split
+from distserve.engine.collectives import ALONE, Links
+from distserve.engine.layers import Head, StepLayout, VocabularyEmbedding
+from distserve.engine.parallel import Place, Split
 from distserve.specs import ModelSpec
 
 
@@ -51,32 +57,68 @@ class Slot:
 
 
 class Model(nn.Module):
-    """What the runner drives. Built on the meta device, filled by `weights.load`."""
+    """One rank's part of a model. Built on the meta device, filled by `weights.load`. Layers keep the model's numbers:
+    "layers.17" is the eighteenth, whichever stage holds it."""
 
-    spec: ModelSpec
     prefix: str = ""  # begins the tensors' names, but not in a checkpoint saved without its output head
 
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, place: Place, links: Links) -> None:
+        super().__init__()
+        self.spec, self.dtype, self.place, self.links = spec, dtype, place, links
+        width = spec.embedding_size or spec.hidden_size
+        if place.is_first:
+            self.embedding = VocabularyEmbedding(spec.vocab_size, width, links=links, dtype=dtype)
+        if place.is_last:
+            tied = self.embedding if spec.tied_embeddings and place.is_first else None
+            self.head = Head(width, spec.vocab_size, tied=tied, links=links, dtype=dtype)
+
     def slots(self) -> list[Slot]:
-        """Every tensor that the checkpoint must hold."""
+        """Every tensor that the checkpoint must hold, whoever of the ranks takes it."""
         raise NotImplementedError
 
     def finish(self, max_model_len: int, device: torch.device) -> None:
         """Makes what is computed rather than loaded (position tables). Called once, after loading."""
         raise NotImplementedError
 
-    def forward(self, ids: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
-        """`ids` [T]; `kv`: each layer's cache [num_blocks, 2, KVH, block_size, D]; writes this step's KV into it.
-        Returns final hidden states [R, C] of the token `rows` [R] (None: of all)."""
+    def embed(self, ids: Tensor, step: StepLayout) -> Tensor:
+        """`ids` [T] -> the residual stream before the first layer. First stage only."""
+        raise NotImplementedError
+
+    def blocks(self, residual: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+        """This rank's layers on the residual stream [T, C], which may be overwritten; returns it after them, of the
+        token `rows` [R] (None: of all). `kv`: each of its layers' cache [num_blocks, 2, KVH, block_size, D], into which
+        this step's KV is written."""
+        raise NotImplementedError
+
+    def final(self, residual: Tensor) -> Tensor:
+        """The residual stream after the last layer -> hidden states for the head. Last stage only."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, C] -> fp32 [R, V]."""
-        raise NotImplementedError
+        """Hidden states of R tokens -> fp32 [R, V] at the first rank of the last stage, [0, V] at its others. Last
+        stage only."""
+        return self.head.logits(hidden)
+
+    def forward(self, ids: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+        """Hidden states of the token `rows` [R] (None: of all), where one stage is the whole model."""
+        return self.final(self.blocks(self.embed(ids, step), step, kv, rows))
+
+    def table_slots(self, embedding: str) -> list[Slot]:
+        """Of the embedding, whose tensor's name is given, and of the head: the same tensor twice where they are tied
+        and apart."""
+        size = self.spec.vocab_size
+        table = (size, self.spec.embedding_size or self.spec.hidden_size)
+        head = embedding if self.spec.tied_embeddings else "lm_head.weight"
+        return [
+            Slot(embedding, "embedding", "weight", table, Split.VOCABULARY, size),
+            Slot(head, "head.out", "weight", table, Split.VOCABULARY, size),
+        ]
 
 
-def build(spec: ModelSpec, dtype: torch.dtype) -> Model:
-    """The modules of `spec`, on the meta device: no memory is taken before weights arrive."""
+def build(spec: ModelSpec, dtype: torch.dtype, place: Place | None = None, links: Links = ALONE) -> Model:
+    """The modules of one rank's part of `spec` (None: all of it), on the meta device: no memory is taken before weights
+    arrive."""
     module = import_module(f"distserve.engine.models.{spec.family}")
     with torch.device("meta"):
-        model: Model = module.build(spec, dtype)
+        model: Model = module.build(spec, dtype, place or Place.whole(spec), links)
     return model

@@ -25,18 +25,12 @@ class GPT2(OPT):
 
     def slots(self) -> list[Slot]:
         spec = self.spec
-        table = (spec.vocab_size, spec.hidden_size)
         positions = (spec.position_rows, spec.hidden_size)
-        slots = [
-            Slot("transformer.wte.weight", "embedding", "weight", table, Split.VOCABULARY, spec.vocab_size),
-            Slot("transformer.wpe.weight", "positions", "weight", positions),
-        ]
+        slots = self.table_slots("transformer.wte.weight")
+        slots.append(Slot("transformer.wpe.weight", "positions", "weight", positions))
         for i in range(spec.num_layers):
             slots += _layer_slots(spec, f"transformer.h.{i}", f"layers.{i}")
-        slots += norm_slots(spec, "transformer.ln_f", "norm")
-        if not spec.tied_embeddings:
-            slots.append(Slot("lm_head.weight", "head", "out.weight", table, Split.VOCABULARY, spec.vocab_size))
-        return slots
+        return slots + norm_slots(spec, "transformer.ln_f", "norm")
 
 
 def _layer_slots(spec: ModelSpec, source: str, target: str) -> list[Slot]:
@@ -51,7 +45,7 @@ def _layer_slots(spec: ModelSpec, source: str, target: str) -> list[Slot]:
         ("mlp.c_proj", "down", (hidden, ffn), Split.ROW, ffn, 1),
     )
     for name, module, shape, split, units, fused in linears:
-        bias_split = Split.REPLICATED if split is Split.ROW else split  # added once, after the ranks' sum
+        bias_split = Split.ONCE if split is Split.ROW else split
         for number in range(fused):
             where, part = f"{target}.{module}", number if fused > 1 else None
             weight = Slot(f"{source}.{name}.weight", where, "weight", shape, split, units, part, 0, True, fused)

@@ -11,15 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from distserve.engine.collectives import Links
 from distserve.engine.layers import (
     AttentionShape,
     BlockParts,
-    Embedding,
     GatedLinear,
-    Head,
-    Linear,
     MergedLinear,
     Rotary,
+    RowLinear,
     Stack,
     StepLayout,
     add_rms_norm,
@@ -27,7 +26,7 @@ from distserve.engine.layers import (
     rope_attention,
 )
 from distserve.engine.models.base import Model, Slot
-from distserve.engine.parallel import Split
+from distserve.engine.parallel import Place, Split
 from distserve.specs import ModelSpec
 
 
@@ -48,13 +47,15 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+    """Of a layer as wide as `spec` says: a rank's share."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, links: Links) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.window = spec.num_heads, spec.num_kv_heads, spec.sliding_window
         self.scale = spec.head_dim**-0.5
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.qkv = MergedLinear(spec.hidden_size, (q, kv, kv), spec.attention_bias or spec.qkv_bias, dtype=dtype)
-        self.out = Linear(q, spec.hidden_size, spec.attention_bias, dtype=dtype)
+        self.out = RowLinear(q, spec.hidden_size, spec.attention_bias, links=links, dtype=dtype)
 
     def forward(self, x: Tensor, rope: Rotary, kv: Tensor, step: StepLayout) -> Tensor:
         qkv = self.qkv(x)
@@ -64,26 +65,23 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer block. The residual stream is kept apart, so that adding and normalising are one pass."""
+    """One transformer block, as wide as `spec` says. The residual stream is kept apart, so that adding and normalising
+    are one pass."""
 
     attention_type: type[Attention] = Attention
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, links: Links) -> None:
         super().__init__()
         self.attention_norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
-        self.attention = self.attention_type(spec, dtype)
+        self.attention = self.attention_type(spec, dtype, links)
         self.mlp_norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
         self.gate_up = GatedLinear(spec.hidden_size, spec.ffn_size, spec.mlp_bias, dtype=dtype)
-        self.down = Linear(spec.ffn_size, spec.hidden_size, spec.mlp_bias, dtype=dtype)
+        self.down = RowLinear(spec.ffn_size, spec.hidden_size, spec.mlp_bias, links=links, dtype=dtype)
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None, rope: Rotary, kv: Tensor, step: StepLayout
-    ) -> tuple[Tensor, Tensor]:
-        """(this block's contribution, the residual stream before it in fp32), both [T, C]."""
-        if residual is None:
-            x, residual = self.attention_norm(x), x.float()
-        else:
-            x, residual = self.attention_norm.add(x, residual)
+    def forward(self, x: Tensor, residual: Tensor, rope: Rotary, kv: Tensor, step: StepLayout) -> tuple[Tensor, Tensor]:
+        """`x`: what the block before adds to the residual stream. (This block's contribution, the stream before it in
+        fp32), both [T, C]."""
+        x, residual = self.attention_norm.add(x, residual)
         x, residual = self.mlp_norm.add(self.attention(x, rope, kv, step), residual)
         return self.down(self.gate_up(x)), residual
 
@@ -96,14 +94,12 @@ class Layer(nn.Module):
 class Llama(Model):
     layer_type: type[Layer] = Layer
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.spec = spec
-        self.embedding = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(self.layer_type(spec, dtype) for _ in range(spec.num_layers))
-        self.norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
-        tied = self.embedding if spec.tied_embeddings else None
-        self.head = Head(spec.hidden_size, spec.vocab_size, tied=tied, dtype=dtype)
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, place: Place, links: Links) -> None:
+        super().__init__(spec, dtype, place, links)
+        part = place.part(spec)
+        self.layers = nn.ModuleDict({str(i): self.layer_type(part, dtype, links) for i in place.layers})
+        if place.is_last:
+            self.norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
 
     def finish(self, max_model_len: int, device: torch.device) -> None:
         scaling = None if self.spec.rope_scaling is None else dict(self.spec.rope_scaling)
@@ -112,37 +108,33 @@ class Llama(Model):
 
     def build_stack(self) -> Stack | None:
         """The blocks in one call of the kernels; None where they are called one by one."""
-        parts = [layer.parts() for layer in self.layers if isinstance(layer, Layer)]
-        shape = AttentionShape(self.spec.num_heads, self.spec.head_dim**-0.5, self.spec.sliding_window)
-        return Stack.build(parts, shape, self.spec.norm_eps)
+        parts = [layer.parts() for layer in self.layers.values() if isinstance(layer, Layer)]
+        num_heads = self.place.part(self.spec).num_heads
+        shape = AttentionShape(num_heads, self.spec.head_dim**-0.5, self.spec.sliding_window)
+        return Stack.build(parts, shape, self.spec.norm_eps, self.links)
 
-    def forward(self, ids: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
-        x: Tensor = self.embedding(ids)
+    def embed(self, ids: Tensor, step: StepLayout) -> Tensor:
+        residual: Tensor = self.embedding(ids)
+        return residual
+
+    def blocks(self, residual: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
         if self.stack is not None:
-            total = self.stack.forward(x, self.rope, kv, step, rows)
-            return self.norm.add(torch.zeros_like(total, dtype=x.dtype), total)[0]
-        residual: Tensor | None = None
-        for layer, cache in zip(self.layers, kv, strict=True):
+            return self.stack.forward(residual, self.rope, kv, step, rows)
+        x = torch.zeros_like(residual, dtype=self.dtype)
+        for layer, cache in zip(self.layers.values(), kv, strict=True):
             x, residual = layer(x, residual, self.rope, cache, step)
-        assert residual is not None
         if rows is not None:
             x, residual = x[rows], residual[rows]
-        hidden, _ = self.norm.add(x, residual)
-        return hidden
+        return residual + x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.head.logits(hidden)
+    def final(self, residual: Tensor) -> Tensor:
+        return self.norm.add(torch.zeros_like(residual, dtype=self.dtype), residual)[0]
 
     def slots(self) -> list[Slot]:
-        spec = self.spec
-        table = (spec.vocab_size, spec.hidden_size)
-        slots = [Slot("model.embed_tokens.weight", "embedding", "weight", table, Split.VOCABULARY, spec.vocab_size)]
-        for i in range(spec.num_layers):
+        slots = self.table_slots("model.embed_tokens.weight")
+        for i in range(self.spec.num_layers):
             slots += self.layer_slots(f"model.layers.{i}", f"layers.{i}")
-        slots.append(Slot("model.norm.weight", "norm", "weight", (spec.hidden_size,)))
-        if not spec.tied_embeddings:
-            slots.append(Slot("lm_head.weight", "head", "out.weight", table, Split.VOCABULARY, spec.vocab_size))
-        return slots
+        return [*slots, Slot("model.norm.weight", "norm", "weight", (self.spec.hidden_size,))]
 
     def layer_slots(self, source: str, target: str) -> list[Slot]:
         """Of one layer: `source` begins its tensors' names, `target` its modules'."""
@@ -170,8 +162,8 @@ def _layer_slots(spec: ModelSpec, source: str, target: str) -> list[Slot]:
     for name, module, shape, split, units, part, rotated, bias in linears:
         where = f"{target}.{module}"
         slots.append(Slot(f"{source}.{name}.weight", where, "weight", shape, split, units, part, rotated))
-        if bias:  # a row-split layer adds its bias once, after the sum
-            bias_split = Split.REPLICATED if split is Split.ROW else split
+        if bias:
+            bias_split = Split.ONCE if split is Split.ROW else split
             slots.append(Slot(f"{source}.{name}.bias", where, "bias", shape[:1], bias_split, units, part, rotated))
     return slots
 

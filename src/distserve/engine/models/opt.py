@@ -1,8 +1,9 @@
-"""The OPT family: learned positions, LayerNorm before attention and before the MLP, biases everywhere, an MLP of two
-matrices. Families of the same age (gpt2) build on these modules.
+"""The OPT family: learned positions, LayerNorm, biases everywhere, an MLP of two matrices. Families of the same age
+(gpt2) build on these modules.
 
-The kernels' one call of all blocks knows no such block, so modules are called one by one. OPT-350m, which normalises
-after each block, is refused where its configuration is read.
+Most normalise before attention and before the MLP. OPT-350m does so after each, on the sum with the residual stream,
+and projects its shorter embeddings up to the hidden size and back down before the head. The kernels' one call of all
+blocks knows no such block, so modules are called one by one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distserve.engine.layers import Embedding, Head, Linear, MergedLinear, StepLayout, add_layer_norm, attention
+from distserve.engine.collectives import Links
+from distserve.engine.layers import Embedding, Linear, MergedLinear, RowLinear, StepLayout, attention, layer_norm
 from distserve.engine.models.base import Model, Slot
-from distserve.engine.parallel import Split
+from distserve.engine.parallel import Place, Split
 from distserve.errors import ModelError
 from distserve.specs import ModelSpec
 
@@ -31,84 +33,98 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim, dtype=dtype), requires_grad=False)
         self.eps = eps
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of the sum, the sum)."""
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+    def forward(self, residual: Tensor) -> Tensor:
+        return layer_norm(residual, self.weight, self.bias, self.eps)
 
 
 class Layer(nn.Module):
-    """One transformer block. The residual stream is kept apart, in fp32."""
+    """One transformer block, as wide as `spec` says: a rank's share. The residual stream is fp32."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, links: Links) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.scale = spec.num_heads, spec.head_dim, spec.head_dim**-0.5
+        self.norm_after, self.dtype = spec.norm_after, dtype
         width = spec.num_heads * spec.head_dim
         self.attention_norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
         self.qkv = MergedLinear(spec.hidden_size, (width, width, width), True, dtype=dtype)
-        self.out = Linear(width, spec.hidden_size, True, dtype=dtype)
+        self.out = RowLinear(width, spec.hidden_size, True, links=links, dtype=dtype)
         self.mlp_norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
         self.up = Linear(spec.hidden_size, spec.ffn_size, True, dtype=dtype)
-        self.down = Linear(spec.ffn_size, spec.hidden_size, True, dtype=dtype)
+        self.down = RowLinear(spec.ffn_size, spec.hidden_size, True, links=links, dtype=dtype)
 
     def activation(self, x: Tensor) -> Tensor:
         return F.relu(x)
 
-    def forward(self, x: Tensor, residual: Tensor, kv: Tensor, step: StepLayout) -> tuple[Tensor, Tensor]:
-        """(this block's contribution, the residual stream before it), both [T, C]."""
-        x, residual = self.attention_norm.add(x, residual)
+    def forward(self, residual: Tensor, kv: Tensor, step: StepLayout) -> Tensor:
+        """The residual stream after the block, of that before it, both [T, C]."""
+        if self.norm_after:
+            x: Tensor = self.attention_norm(residual + self.attend(residual.to(self.dtype), kv, step))
+            x = self.mlp_norm(x.float() + self.mlp(x))
+            return x.float()
+        residual = residual + self.attend(self.attention_norm(residual), kv, step)
+        return residual + self.mlp(self.mlp_norm(residual))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.activation(self.up(x)))
+        return y
+
+    def attend(self, x: Tensor, kv: Tensor, step: StepLayout) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
-        x, residual = self.mlp_norm.add(self.out(attention(q, k, v, kv, step, self.scale)), residual)
-        return self.down(self.activation(self.up(x))), residual
+        y: Tensor = self.out(attention(q, k, v, kv, step, self.scale))
+        return y
 
 
 class OPT(Model):
     layer_type: type[Layer] = Layer
     first_position = _PADDING  # row of the table of positions that belongs to a sequence's first token
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
-        super().__init__()
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, place: Place, links: Links) -> None:
+        super().__init__(spec, dtype, place, links)
         if spec.num_kv_heads != spec.num_heads:
             raise ModelError(
                 f"the checkpoint's configuration says {spec.num_heads} attention heads over {spec.num_kv_heads} KV "
                 f"heads, which models of the family {spec.family!r} do not have; remove num_key_value_heads"
             )
-        self.spec = spec
-        self.embedding = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
-        self.positions = Embedding(spec.position_rows, spec.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(self.layer_type(spec, dtype) for _ in range(spec.num_layers))
-        self.norm = Norm(spec.hidden_size, spec.norm_eps, dtype)
-        tied = self.embedding if spec.tied_embeddings else None
-        self.head = Head(spec.hidden_size, spec.vocab_size, tied=tied, dtype=dtype)
+        part, hidden, width = place.part(spec), spec.hidden_size, spec.embedding_size
+        self.layers = nn.ModuleDict({str(i): self.layer_type(part, dtype, links) for i in place.layers})
+        if place.is_first:
+            self.positions = Embedding(spec.position_rows, hidden, dtype=dtype)
+            self.project_in = Linear(width, hidden, dtype=dtype) if width else None
+        if place.is_last:
+            self.norm = None if spec.norm_after else Norm(hidden, spec.norm_eps, dtype)
+            self.project_out = Linear(hidden, width, dtype=dtype) if width else None
 
     def finish(self, max_model_len: int, device: torch.device) -> None:
         """Nothing is computed: positions are learned."""
 
-    def forward(self, ids: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+    def embed(self, ids: Tensor, step: StepLayout) -> Tensor:
         x: Tensor = self.embedding(ids)
-        residual: Tensor = self.positions(step.positions + self.first_position).float()
-        for layer, cache in zip(self.layers, kv, strict=True):
-            x, residual = layer(x, residual, cache, step)
-        if rows is not None:
-            x, residual = x[rows], residual[rows]
-        hidden, _ = self.norm.add(x, residual)
-        return hidden
+        if self.project_in is not None:
+            x = self.project_in(x.to(self.dtype))
+        positions: Tensor = self.positions(step.positions + self.first_position)
+        return positions.float() + x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.head.logits(hidden)
+    def blocks(self, residual: Tensor, step: StepLayout, kv: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+        for layer, cache in zip(self.layers.values(), kv, strict=True):
+            residual = layer(residual, cache, step)
+        return residual if rows is None else residual[rows]
+
+    def final(self, residual: Tensor) -> Tensor:
+        x = residual.to(self.dtype) if self.norm is None else self.norm(residual)
+        return x if self.project_out is None else self.project_out(x)
 
     def slots(self) -> list[Slot]:
         spec, source = self.spec, "model.decoder"
-        table = (spec.vocab_size, spec.hidden_size)
-        positions = (spec.position_rows, spec.hidden_size)
-        slots = [
-            Slot(f"{source}.embed_tokens.weight", "embedding", "weight", table, Split.VOCABULARY, spec.vocab_size),
-            Slot(f"{source}.embed_positions.weight", "positions", "weight", positions),
-        ]
+        positions, projection = (spec.position_rows, spec.hidden_size), (spec.hidden_size, spec.embedding_size)
+        slots = self.table_slots(f"{source}.embed_tokens.weight")
+        slots.append(Slot(f"{source}.embed_positions.weight", "positions", "weight", positions))
         for i in range(spec.num_layers):
             slots += _layer_slots(spec, f"{source}.layers.{i}", f"layers.{i}")
-        slots += norm_slots(spec, f"{source}.final_layer_norm", "norm")
-        if not spec.tied_embeddings:
-            slots.append(Slot("lm_head.weight", "head", "out.weight", table, Split.VOCABULARY, spec.vocab_size))
+        if not spec.norm_after:
+            slots += norm_slots(spec, f"{source}.final_layer_norm", "norm")
+        if spec.embedding_size:
+            slots.append(Slot(f"{source}.project_in.weight", "project_in", "weight", projection))
+            slots.append(Slot(f"{source}.project_out.weight", "project_out", "weight", projection[::-1]))
         return slots
 
 
@@ -130,7 +146,7 @@ def _layer_slots(spec: ModelSpec, source: str, target: str) -> list[Slot]:
         ("fc2", "down", (hidden, ffn), Split.ROW, ffn, None),
     )
     for name, module, shape, split, units, part in linears:
-        bias_split = Split.REPLICATED if split is Split.ROW else split  # added once, after the ranks' sum
+        bias_split = Split.ONCE if split is Split.ROW else split
         where = f"{target}.{module}"
         slots.append(Slot(f"{source}.{name}.weight", where, "weight", shape, split, units, part))
         slots.append(Slot(f"{source}.{name}.bias", where, "bias", shape[:1], bias_split, units, part))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distserve.engine.collectives import Links
 from distserve.engine.layers import Rotary, Stack, StepLayout, rope_attention
 from distserve.engine.models.base import Slot
 from distserve.engine.models.llama import Attention, Layer, Llama, Norm
@@ -16,8 +17,8 @@ from distserve.specs import ModelSpec
 
 
 class NormedAttention(Attention):
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
-        super().__init__(spec, dtype)
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, links: Links) -> None:
+        super().__init__(spec, dtype, links)
         self.query_norm = Norm(spec.head_dim, spec.norm_eps, dtype)
         self.key_norm = Norm(spec.head_dim, spec.norm_eps, dtype)
 
