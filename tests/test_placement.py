@@ -38,6 +38,15 @@ def test_ranks_of_one_instance_never_share() -> None:
         place(colocated(one(tp=2, pp=2)), [0, 1], share=True)
 
 
+def test_ranks_of_one_instance_crowd_where_they_may() -> None:
+    placement = place(colocated(one(tp=3), one()), [0, 1], share=True, crowd=True, spread=True)
+    assert placement.ranks == {"colocated-0": ((0,), (1,), (0,)), "colocated-1": ((1,),)}
+    assert [warning.partition(":")[0] for warning in placement.warnings] == [
+        "2 ranks of colocated-0 share device 0",
+        "colocated-0 and colocated-1 share device 1",
+    ]
+
+
 def test_spread_gives_away_every_core() -> None:
     placement = place(default_plan(), range(5), share=True, spread=True)
     assert placement.ranks == {"prefill-0": ((0, 1, 2),), "decode-0": ((3, 4),)}

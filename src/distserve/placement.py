@@ -17,12 +17,14 @@ class Placement:
     warnings: tuple[str, ...] = ()  # what the person should know (devices shared), a sentence each
 
 
-def place(plan: Plan, devices: Iterable[int], *, share: bool, spread: bool = False, node: str = "node0") -> Placement:
+def place(
+    plan: Plan, devices: Iterable[int], *, share: bool, crowd: bool = False, spread: bool = False, node: str = "node0"
+) -> Placement:
     """Gives every rank its device(s) among this machine's `devices` (CPU cores or GPU numbers).
 
     A named device is taken as it is; the other ranks get what is left, in order. `spread` (CPU) hands all of the
-    left devices out, several to a rank. `share` lets instances use one device together when there are too few (ranks
-    of one instance never do); without it that is a `PlanError`.
+    left devices out, several to a rank. `share` lets instances use one device together when there are too few, `crowd`
+    (CPU) also ranks of one instance; without it that is a `PlanError`.
     """
     have = sorted(devices)
     replicas = plan.replicas()
@@ -32,7 +34,8 @@ def place(plan: Plan, devices: Iterable[int], *, share: bool, spread: bool = Fal
     needed = sum(replica.spec.num_ranks for replica in wanted)
     largest = max(wanted, key=lambda replica: replica.spec.num_ranks, default=None)
     pool = free or have  # every device is named: the others can only share
-    if largest is not None and (largest.spec.num_ranks > len(pool) or (needed > len(free) and not share)):
+    too_large = largest is not None and largest.spec.num_ranks > len(pool) and not crowd
+    if largest is not None and (too_large or (needed > len(free) and not share)):
         need = max(needed, largest.spec.num_ranks) if not share else largest.spec.num_ranks
         who = largest.name if share else "the plan"
         raise PlanError(
@@ -72,15 +75,22 @@ def _named(replica: Replica, have: Sequence[int], node: str) -> list[int]:
 
 
 def _shared(ranks: Mapping[str, tuple[tuple[int, ...], ...]]) -> tuple[str, ...]:
-    users: dict[int, list[str]] = {}
+    users: dict[int, list[str]] = {}  # one name a rank
     for name, of_ranks in ranks.items():
-        for index in {index for rank in of_ranks for index in rank}:
-            users.setdefault(index, []).append(name)
+        for rank in of_ranks:
+            for index in rank:
+                users.setdefault(index, []).append(name)
     return tuple(
-        f"{' and '.join(names)} share device {index}: each is slowed by the other's work"
+        f"{_together(names)} share device {index}: each is slowed by the other's work"
         for index, names in sorted(users.items())
         if len(names) > 1
     )
+
+
+def _together(names: Sequence[str]) -> str:
+    """`prefill-0 and 2 ranks of decode-0`."""
+    counts = {name: names.count(name) for name in names}
+    return " and ".join(name if count == 1 else f"{count} ranks of {name}" for name, count in counts.items())
 
 
 def _ranges(numbers: Sequence[int]) -> str:

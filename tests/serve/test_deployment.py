@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from distserve import machine
 from distserve.errors import PlanError, UsageError
 from distserve.plan import InstanceSpec, Plan, Role, default_plan
-from distserve.serve import machine
 from distserve.serve.config import InstanceConfig, decode_config, encode_config
 from distserve.serve.deployment import DEFAULT_KV, starts
 from distserve.serve.options import ServeOptions
@@ -88,6 +88,49 @@ def test_instances_that_share_a_gpu_share_its_memory() -> None:
     found = configs(ServeOptions(), plan)
     assert [config.engine.device for config in found] == ["cuda:0", "cuda:1", "cuda:1"]
     assert found[1].engine.kv_bytes == int(0.85 * 80 * GIB / 2) - SPEC.weight_bytes("bfloat16") - 2 * GIB
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_ranks_have_cores_of_their_own_while_there_are_enough(caplog: pytest.LogCaptureFixture) -> None:
+    plan = Plan((InstanceSpec(Role.PREFILL, tp=2), InstanceSpec(Role.DECODE)))
+    prefill, decode = configs(ServeOptions(), plan)
+    assert (prefill.engine.tp, prefill.engine.pp, prefill.engine.ranks) == (2, 1, ((0, 1), (2,)))
+    assert (decode.engine.ranks, decode.engine.cores) == ((), (3,))
+    assert [prefill.engine.of_rank(rank).cores for rank in (0, 1)] == [(0, 1), (2,)]
+    assert (prefill.engine.kv_bytes, decode.engine.kv_bytes) == (DEFAULT_KV // 2, DEFAULT_KV)
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_more_ranks_than_cores_share_them_and_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    plan = Plan((InstanceSpec(Role.PREFILL, tp=2, pp=3), InstanceSpec(Role.DECODE)))
+    prefill, decode = configs(ServeOptions(), plan)
+    assert prefill.engine.ranks == ((0,), (1,), (2,), (3,), (0,), (1,))
+    assert decode.engine.cores == (2,)
+    assert "2 ranks of prefill-0 share device 0" in caplog.text
+    assert "prefill-0 and decode-0 share device 2" in caplog.text
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_ranks_of_an_instance_have_a_gpu_each_or_are_refused() -> None:
+    plan = Plan((InstanceSpec(Role.COLOCATED, pp=2),))
+    (config,) = configs(ServeOptions(), plan)
+    assert [config.engine.of_rank(rank).device for rank in (0, 1)] == ["cuda:0", "cuda:1"]
+    table = SPEC.vocab_size * SPEC.hidden_size * 2
+    weights = (SPEC.weight_bytes("bfloat16") - 2 * table) // 2 + table
+    assert config.engine.kv_bytes == int(0.85 * 80 * GIB) - weights - 2 * GIB
+    with pytest.raises(PlanError, match="colocated-0 needs 4 devices but this machine has 2"):
+        configs(ServeOptions(), Plan((InstanceSpec(Role.COLOCATED, tp=2, pp=2),)))
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_a_block_must_fit_each_rank() -> None:
+    plan = Plan((InstanceSpec(Role.COLOCATED, tp=2, pp=3),))
+    layout = SPEC.kv_layout(32, "bfloat16")
+    need = layout.block_bytes // 2 * 11 // 32
+    assert configs(ServeOptions(kv_memory=need), plan)[0].engine.kv_bytes == need
+    with pytest.raises(PlanError, match=f"at least {need} bytes on each rank"):
+        configs(ServeOptions(kv_memory=need - 1), plan)
 
 
 def test_pace_expects_what_it_has_seen_and_no_less_than_a_floor() -> None:

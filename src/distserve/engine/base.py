@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from distserve.errors import DistserveError
 from distserve.request import Request, Token
 from distserve.sched.base import Batch
 
@@ -29,12 +30,24 @@ class EngineOptions:
     """What an executor needs to be built; comes out of the plan and the command line."""
 
     model: str  # a folder, a .gguf file (resolved to a local path by the launcher)
-    device: str = "cpu"  # "cpu" or "cuda:N"
+    device: str = "cpu"  # "cpu" or "cuda:N"; of several ranks "cpu" or "cuda"
     dtype: str = "auto"  # "auto": the checkpoint's (GGUF: bfloat16), "bfloat16", "float16", "float32"
     block_size: int = 32  # tokens per KV block
-    kv_bytes: int = 1 << 30  # KV memory of this instance
+    kv_bytes: int = 1 << 30  # KV memory of each rank
     max_model_len: int | None = None  # None: the checkpoint's
     cores: tuple[int, ...] = ()  # CPU cores to pin to (empty: leave alone)
+    tp: int = 1
+    pp: int = 1
+    ranks: tuple[tuple[int, ...], ...] = ()  # several ranks: the CPU cores of each, or its one GPU, in (pp, tp) order
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
+
+    def of_rank(self, rank: int) -> EngineOptions:
+        """The same for one of several ranks, with its own device or cores."""
+        numbers = self.ranks[rank]
+        return replace(self, cores=numbers) if self.device == "cpu" else replace(self, device=f"cuda:{numbers[0]}")
 
 
 class Executor(Protocol):
@@ -68,3 +81,8 @@ class Executor(Protocol):
         ...
 
     async def stop(self) -> None: ...
+
+    def on_broken(self, tell: Callable[[DistserveError], None]) -> None:
+        """`tell` hears, once, that nothing can be computed any more, also while nothing is under way. What has no
+        processes of its own does not break between two batches."""
+        return None  # noqa: RET501  # mypy takes a body of words alone for an abstract one

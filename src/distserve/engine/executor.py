@@ -20,6 +20,7 @@ from distserve.engine.step import plan_step
 from distserve.errors import PlanError
 from distserve.request import Request
 from distserve.sched.base import Batch
+from distserve.sharding import Sharding
 from distserve.specs import KVLayout, ModelSpec
 
 
@@ -29,6 +30,7 @@ class LocalExecutor(Executor):
 
     spec: ModelSpec
     layout: KVLayout
+    sharding: Sharding
     kv_buffer: Buffer
     num_blocks: int
     max_model_len: int
@@ -67,6 +69,7 @@ class LocalExecutor(Executor):
         loaded = self._loaded or load(options, progress)
         self.spec = loaded.spec
         self.layout = loaded.spec.kv_layout(options.block_size, loaded.dtype)
+        self.sharding = Sharding(loaded.spec.num_kv_heads, (loaded.spec.num_layers,))
         self.num_blocks = options.kv_bytes // self.layout.block_bytes
         if self.num_blocks < 1:
             raise PlanError(

@@ -23,6 +23,7 @@ from distserve.errors import PlanError, UsageError
 from distserve.request import FinishReason, Logprobs, Request, Token
 from distserve.sched.base import Batch
 from distserve.sched.base import Sequence as ScheduledSequence
+from distserve.sharding import Sharding
 from distserve.specs import KVLayout
 
 Words = NDArray[np.uint64]
@@ -100,6 +101,7 @@ class FakeExecutor(Executor):
     ) -> None:
         given = model.layout
         self.layout = KVLayout(given.num_layers, given.num_kv_heads, given.head_dim, options.block_size, given.dtype)
+        self.sharding = Sharding(given.num_kv_heads, (given.num_layers,))
         self.block_size = options.block_size
         self.num_blocks = options.kv_bytes // self.layout.block_bytes
         if self.num_blocks < 1:

@@ -39,7 +39,8 @@ class Start:
     role: Role
     configure: Callable[[int, str, str], InstanceConfig]
     forkable: bool  # its weights are the others', and its device allows it
-    num_threads: int = 1
+    num_threads: int = 1  # of the rank that has most cores
+    num_ranks: int = 1
 
 
 class Fleet:
@@ -48,7 +49,8 @@ class Fleet:
     def __init__(self, starts: list[Start], on_loading: Callable[[RemoteInstance, Loading], None]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="distserve-"))  # mode 0700: nobody else may speak to the instances
         self._switchboard = Switchboard(f"{self._folder}/gateway")
-        self._forks = ForkSpawner(_environ(1))  # one thread until the fork; each fork then takes its own cores
+        # One thread until the fork; each fork then takes its own cores. Ranks do not want weights that are whole.
+        self._forks, self._groups = ForkSpawner(_environ(1)), ForkSpawner(_environ(1))
         self.remotes = [RemoteInstance(start.name, start.role, time.monotonic) for start in starts]
         self.supervisors = [self._supervisor(*pair) for pair in zip(self.remotes, starts, strict=True)]
         self._known: dict[str, int] = {}  # by name: the epoch that the decode side was introduced to
@@ -64,7 +66,7 @@ class Fleet:
             return encode_config(start.configure(epoch, self._switchboard.address, notices))
 
         if start.forkable and sys.platform == "linux" and os.environ.get("DISTSERVE_FORK") != "off":
-            spawner: Spawner = self._forks
+            spawner: Spawner = self._forks if start.num_ranks == 1 else self._groups
         else:
             spawner = InterpreterSpawner(_environ(start.num_threads))
         return Supervisor(remote, self._switchboard, configure, spawner)
@@ -100,7 +102,7 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-        await self._forks.close()
+        await asyncio.gather(self._forks.close(), self._groups.close())
         self._switchboard.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

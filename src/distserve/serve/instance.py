@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 
 from distserve.engine.base import EngineResult, Executor
-from distserve.errors import PullError, RequestError
+from distserve.errors import DistserveError, PullError, RequestError
 from distserve.request import Request
 from distserve.sched.base import Batch, HoldingScheduler, Outcome, PullingScheduler, Scheduler, Sequence, State
 from distserve.serve.messages import (
@@ -96,6 +96,8 @@ class InstanceLoop:
     def __init__(self, scheduler: Scheduler, executor: Executor, wiring: Wiring, clock: Callable[[], float]) -> None:
         self._scheduler = scheduler
         self._executor = executor
+        executor.on_broken(self._break)
+        self._broken: DistserveError | None = None  # why nothing can be computed any more
         self._wiring = wiring
         self._clock = clock
         self._epoch = wiring.source.epoch
@@ -124,6 +126,8 @@ class InstanceLoop:
         """Until `Stop`. An exception out of here means that the instance is broken and must be restarted."""
         flights = self._flights
         while not self._stopping:
+            if self._broken is not None:
+                raise self._broken
             self._wake.clear()
             now = self._clock()
             self._forget(self._scheduler.expire(now))
@@ -166,6 +170,10 @@ class InstanceLoop:
         self._pace.record(batch.num_tokens, now - since)
         self._landed = now
         self._tell(self._scheduler.complete(batch, result, now), result, batch.num_tokens)
+
+    def _break(self, error: DistserveError) -> None:
+        self._broken = error
+        self._wake.set()
 
     def _oldest_since(self) -> float:
         """When the oldest flight was launched or, in a full pipeline, the one before it landed: its own time."""

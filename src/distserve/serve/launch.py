@@ -15,21 +15,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from distserve.plan import Plan, Role, default_plan
 from distserve.sched.base import Scheduler
 from distserve.sched.blocks import BlockPool
 from distserve.serve import eventloop
-from distserve.serve.config import InstanceConfig
+from distserve.serve.config import InstanceConfig, decode_config
 from distserve.serve.fleet import Start
 from distserve.serve.forkserver import main as fork_server
 from distserve.serve.options import DEMO_MODEL, ServeOptions
-from distserve.serve.process import Parts, SharingExecutor, live, main
+from distserve.serve.process import Parts, SharingExecutor, live
+from distserve.serve.ranks import RankProcess, as_rank, end_ranks, fork_ranks, spawn_ranks
 from distserve.specs import ModelSpec
 
 if TYPE_CHECKING:
     from distserve.engine.loaded import LoadedModel
+    from distserve.transfer.memory import SharedMemory
 
 log = logging.getLogger(__name__)
 
@@ -141,22 +143,60 @@ def _banner(options: ServeOptions, model: str, found: list[Start], listener: soc
 
 
 class _Weights:
-    """What a fork server has loaded for its forks."""
+    """What a fork server has for its forks: the weights, or for instances of several ranks the means to load them."""
 
     def __init__(self) -> None:
         self.model: LoadedModel | None = None
 
     def preload(self, config: InstanceConfig, progress: Callable[[float, str], None]) -> None:
-        if not is_fake(config.engine.model):
+        if has_ranks(config):
+            import distserve.engine.worker  # noqa: F401  # and with it all of torch that a rank needs
+        elif not is_fake(config.engine.model):
             from distserve.engine.loaded import load
 
             self.model = load(config.engine, progress)
 
     def live(self, config: InstanceConfig) -> int:
-        return live(config, partial(_build, self.model))
+        if not has_ranks(config):
+            return live(config, partial(_build, self.model, []))
+        ranks = fork_ranks(config.engine.num_ranks, _rank)
+        return ranks if isinstance(ranks, int) else _drive(config, ranks)
 
 
-async def _build(model: LoadedModel | None, config: InstanceConfig, progress: Callable[[float, str], None]) -> Parts:
+def has_ranks(config: InstanceConfig) -> bool:
+    """It computes in processes of their own."""
+    return config.engine.num_ranks > 1 and not is_fake(config.engine.model)
+
+
+def _rank(end: socket.socket) -> int:
+    """A rank's life."""
+    from distserve.engine import worker
+    from distserve.transfer.memory import attach
+
+    return worker.main(end, partial(attach, writable=True))
+
+
+def _drive(config: InstanceConfig, ranks: list[RankProcess], life_line: BinaryIO | None = None) -> int:
+    """The life of an instance that has `ranks`; they end with it."""
+    try:
+        return live(config, partial(_build, None, ranks), life_line)
+    finally:
+        end_ranks(ranks)
+
+
+def _main() -> int:
+    """An instance in an interpreter of its own."""
+    config = decode_config(sys.stdin.buffer.readline())
+    ranks = spawn_ranks(config.engine.num_ranks) if has_ranks(config) else []
+    return _drive(config, ranks, sys.stdin.buffer)
+
+
+async def _build(
+    model: LoadedModel | None,
+    ranks: list[RankProcess],
+    config: InstanceConfig,
+    progress: Callable[[float, str], None],
+) -> Parts:
     """The executor, started; then the scheduler and transport of the role over its KV memory."""
     from distserve.engine.measure import measure_knee
     from distserve.transfer.layout import InstanceLayout
@@ -165,21 +205,22 @@ async def _build(model: LoadedModel | None, config: InstanceConfig, progress: Ca
 
     memories: list[SharedMemory] = []
 
-    def allocate(size: int) -> memoryview:
+    def allocate(size: int) -> SharedMemory:
         memories.append(SharedMemory(size))
-        return memories[-1].buffer
+        return memories[-1]
 
-    executor = _executor(config, model, allocate)
+    executor = _executor(config, model, ranks, allocate)
     await executor.start(progress)
-    (memory,) = memories
-    memory.touch(WARM_KV)
+    for memory in memories:
+        memory.touch(WARM_KV // len(memories))
     size = executor.num_blocks
     knee = config.max_batch_tokens
     if knee is None and config.role is not Role.DECODE:
         progress(0.95, "measuring the knee")
         knee = await measure_knee(executor)
         log.info("the knee is %d tokens: prompts are batched up to it", knee)
-    layout = InstanceLayout.of(executor.layout)
+    whole = executor.layout
+    layout = InstanceLayout(executor.sharding, whole.head_dim, whole.block_size, whole.dtype)
     publisher = ShmSource(memories, size, layout, executor.export_blocks)
     transport = ShmTransport(memories, size, layout, executor.import_blocks) if config.role is Role.DECODE else None
     pool = BlockPool(size, executor.block_size, publisher.generations)
@@ -187,27 +228,47 @@ async def _build(model: LoadedModel | None, config: InstanceConfig, progress: Ca
 
 
 def _executor(
-    config: InstanceConfig, model: LoadedModel | None, allocate: Callable[[int], memoryview]
+    config: InstanceConfig,
+    model: LoadedModel | None,
+    ranks: list[RankProcess],
+    allocate: Callable[[int], SharedMemory],
 ) -> SharingExecutor:
     if is_fake(config.engine.model):
         from distserve.engine.fake import FakeExecutor, parse_fake
 
         fake = parse_fake(config.engine.model)
-        return FakeExecutor(config.engine, fake, kv_buffer_factory=allocate, verify=fake.writes_kv)
+        buffer = lambda size: allocate(size).buffer  # noqa: E731
+        return FakeExecutor(config.engine, fake, kv_buffer_factory=buffer, verify=fake.writes_kv)
+    if ranks:
+        from distserve.engine.group import GroupExecutor
+
+        rendezvous = Path(f"{config.notices}.ranks")  # in the gateway's folder, which goes with the gateway
+        return GroupExecutor(
+            config.engine,
+            ranks,
+            lambda size: allocate(size).path,
+            rendezvous,
+            name=config.name,
+            log_level=config.log_level,
+        )
     from distserve.engine.executor import LocalExecutor
 
-    return LocalExecutor(config.engine, allocate, model)
+    return LocalExecutor(config.engine, lambda size: allocate(size).buffer, model)
 
 
 def _scheduler(config: InstanceConfig, pool: BlockPool, knee: int | None) -> Scheduler:
     from distserve.sched.roles import Policies, scheduler_for
 
     policies = Policies(config.prefill, config.decode, config.colocated)
-    return scheduler_for(config.role, pool, policies, policy=config.policy, batch_tokens=knee)
+    return scheduler_for(
+        config.role, pool, policies, policy=config.policy, batch_tokens=knee, max_in_flight=config.engine.pp
+    )
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["fork-server"]:
         weights = _Weights()
         sys.exit(fork_server(weights.preload, weights.live))
-    sys.exit(main(partial(_build, None)))
+    if sys.argv[1:2] == ["rank"]:
+        sys.exit(as_rank(sys.argv[2], _rank))
+    sys.exit(_main())

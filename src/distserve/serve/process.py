@@ -7,7 +7,6 @@ terminal's and the service manager's signals, because the gateway drains first a
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -18,15 +17,17 @@ from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
 from distserve.engine.base import Executor
-from distserve.errors import UsageError
+from distserve.errors import DistserveError, UsageError
 from distserve.line import Caller, Line, connect, listen
 from distserve.sched.base import Scheduler
 from distserve.serve import eventloop
-from distserve.serve.config import InstanceConfig, decode_config
+from distserve.serve.config import InstanceConfig
 from distserve.serve.instance import InstanceLoop, Wiring
 from distserve.serve.messages import Fatal, Loading, Pulled, Ready, ToGateway, decode_to_instance, encode
+from distserve.serve.ranks import die_with_parent
 from distserve.serve.supervisor import BEAT
 from distserve.serve.switchboard import identity
+from distserve.sharding import Sharding
 from distserve.specs import KVLayout
 from distserve.transfer.base import KVSource, Source, Transport
 from distserve.transfer.layout import InstanceLayout
@@ -39,7 +40,8 @@ FAREWELL = 1.0  # seconds that last words may take to leave
 class SharingExecutor(Executor, Protocol):
     """An executor whose KV memory others can read."""
 
-    layout: KVLayout
+    layout: KVLayout  # of the whole model
+    sharding: Sharding  # among its ranks
 
     def export_blocks(self, blocks: list[int]) -> None: ...
 
@@ -60,16 +62,11 @@ class Parts:
 Build = Callable[[InstanceConfig, Callable[[float, str], None]], Coroutine[None, None, Parts]]
 
 
-def main(build: Build) -> int:
-    """The whole life of a process of its own; returns its exit status."""
-    return live(decode_config(sys.stdin.buffer.readline()), build, sys.stdin.buffer)
-
-
 def live(config: InstanceConfig, build: Build, life_line: BinaryIO | None = None) -> int:
     """An instance's life in this process. Without a life line the process must be a child of one that has it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    _die_with_parent()
+    die_with_parent()
     logging.basicConfig(
         level=config.log_level.upper(),
         format=f"%(levelname)s {config.name}: %(message)s",
@@ -79,13 +76,6 @@ def live(config: InstanceConfig, build: Build, life_line: BinaryIO | None = None
     if config.engine.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, config.engine.cores)
     return eventloop.run(_Process(config).run(build, life_line))
-
-
-def _die_with_parent() -> None:
-    """Linux: should the parent be killed while this process cannot look at its life line, the kernel ends it."""
-    if sys.platform == "linux":
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 class _Process:
@@ -146,6 +136,9 @@ class _Process:
         try:
             await self._loop.run()
             return 0
+        except DistserveError as error:
+            log.error("cannot go on: %s", error)
+            return 1
         finally:
             beats.cancel()
             await executor.stop()

@@ -67,16 +67,17 @@ class SharedMemory:
             os.unlink(self._file)
 
 
-def attach(path: str, size: int) -> memoryview:
-    """Maps another process's shared memory for reading. Raises `PullError("gone")` where the owner is no more."""
+def attach(path: str, size: int, *, writable: bool = False) -> memoryview:
+    """Maps another process's shared memory for reading, or for writing too. Raises `PullError("gone")` where the owner
+    is no more."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
         raise PullError(f"the KV memory {path} is gone: {error.strerror}", "gone") from None
     try:
         if os.fstat(fd).st_size < size:
             raise PullError(f"the KV memory {path} is {os.fstat(fd).st_size} bytes, {size} were promised", "stale")
-        view = _map(fd, size, writable=False)
+        view = _map(fd, size, writable=writable)
         if sys.platform == "linux" and (taken := min(size, os.lseek(fd, 0, os.SEEK_HOLE))):
             _advise(view, 0, taken, MADV_POPULATE_READ)  # not the rest: reading a hole fills it
         return view
