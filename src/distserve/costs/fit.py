@@ -136,31 +136,42 @@ def decode_error(points: Sequence[DecodePoint], lines: tuple[DecodeLine, ...]) -
 def prefill_left_out(points: Sequence[PromptPoint], padded: bool = False) -> Error:
     """Of the fit's formula, and of the prediction (rest included) of each point by a fit of the others."""
     error = prefill_error(points, (prefill_line(points, padded),), padded)
+    return _with_left_out(error, prefill_unseen(points, padded))
+
+
+def decode_left_out(points: Sequence[DecodePoint]) -> Error:
+    """See `prefill_left_out`."""
+    return _with_left_out(decode_error(points, decode_lines(points)), decode_unseen(points))
+
+
+def prefill_unseen(points: Sequence[PromptPoint], padded: bool = False) -> list[float]:
+    """Relative error at each point of a fit (rest included) of the others; empty where these are too few."""
 
     def predict(others: Sequence[PromptPoint], point: PromptPoint) -> float:
         line = (prefill_line(others, padded),)
         return with_rest(line, (), others, (), padded=padded).prompts(*point.composition(padded))
 
-    return _left_out(points, error, predict)
+    return _unseen(points, predict)
 
 
-def decode_left_out(points: Sequence[DecodePoint]) -> Error:
-    """See `prefill_left_out`."""
-    error = decode_error(points, decode_lines(points))
+def decode_unseen(points: Sequence[DecodePoint]) -> list[float]:
+    """See `prefill_unseen`."""
 
     def predict(others: Sequence[DecodePoint], point: DecodePoint) -> float:
         return with_rest((), decode_lines(others), (), others).decodes(point.batch, point.context)
 
-    return _left_out(points, error, predict)
+    return _unseen(points, predict)
 
 
-def _left_out(points: Sequence[Point], error: Error, predict: Callable[[Sequence[Point], Point], float]) -> Error:
+def _unseen(points: Sequence[Point], predict: Callable[[Sequence[Point], Point], float]) -> list[float]:
     if len(points) <= FEWEST:
+        return []
+    return [predict([*points[:i], *points[i + 1 :]], point) / point.seconds - 1 for i, point in enumerate(points)]
+
+
+def _with_left_out(error: Error, errors: Sequence[float]) -> Error:
+    if not errors:
         return error
-    errors = []
-    for i, point in enumerate(points):
-        others = [other for j, other in enumerate(points) if j != i]
-        errors.append(predict(others, point) / point.seconds - 1)
     found = _error(errors)
     return Error(error.mean, error.max, found.mean, found.max)
 
