@@ -115,14 +115,14 @@ async def test_an_epoch_that_is_over_is_not_read(source: ShmSource, transport: S
 
 async def test_memory_that_is_gone_is_an_error(source: ShmSource, transport: ShmTransport) -> None:
     promised = handle(source, [3])
-    location = f"/proc/{os.getpid()}/fd/99999;{NUM_BLOCKS};/proc/{os.getpid()}/fd/99998"
+    location = f"shm:{NUM_BLOCKS};/proc/{os.getpid()}/fd/99999;/proc/{os.getpid()}/fd/99998"
     with pytest.raises(PullError) as caught:
         await transport.connect(replace(promised.source, location=location))
     assert caught.value.reason == "gone"
 
 
 async def test_another_layout_or_too_little_room_is_refused(source: ShmSource, transport: ShmTransport) -> None:
-    with pytest.raises(PullError, match="lays out"):
+    with pytest.raises(PullError, match="block_size 32 and 16"):
         await transport.pull(handle(source, [3], layout=replace(LAYOUT, block_size=32)), [0])
     with pytest.raises(PullError, match="room for 1"):
         await transport.pull(handle(source, [3, 4]), [0])

@@ -11,8 +11,8 @@ which is as few as there can be: what lies between two ranges belongs to another
 equal layouts each rank reads whole blocks from its like. The ranges hold for every block, for both sides number the
 tokens of a request alike: block sizes that differ are refused, as are other models and other dtypes.
 
-Nothing reads by these ranges yet: instances have one rank so far, and `shm.py` copies whole blocks between layouts that
-are equal. They are for instances of several ranks, each of which will pull its own share.
+What ranges consist of are units, one head's keys or values of one layer: the least that is read, and what digests are
+taken of (`copying.py`), for a unit lies together on whatever rank holds it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,17 @@ class InstanceLayout:
         """What one rank's blocks hold."""
         layers, heads = self.sharding.layers(rank), self.sharding.heads(rank)
         return KVLayout(len(layers), len(heads), self.head_dim, self.block_size, self.dtype)
+
+    @property
+    def unit_bytes(self) -> int:
+        """One head's keys (or values) of one layer, of the tokens of a block."""
+        return self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    def places(self, rank: int) -> list[int]:
+        """Of each unit of a rank's block, in order: its number in the whole model, [layer][k|v][head]."""
+        heads, total = self.sharding.heads(rank), self.sharding.num_kv_heads
+        halves = range(2 * self.sharding.layers(rank).start, 2 * self.sharding.layers(rank).stop)
+        return [half * total + head for half in halves for head in heads]
 
 
 class Range(NamedTuple):
@@ -91,7 +102,7 @@ def _ranges(part: Part, source: InstanceLayout, target: InstanceLayout) -> Itera
     from_heads, to_heads = source.sharding.heads(part.source), target.sharding.heads(part.target)
     from_layer = first - source.sharding.layers(part.source).start
     to_layer = first - target.sharding.layers(part.target).start
-    unit = target.block_size * target.head_dim * DTYPE_BYTES[target.dtype]
+    unit = target.unit_bytes
     if len(from_heads) == len(to_heads) == heads:
         layer = 2 * heads * unit
         yield Range(from_layer * layer, to_layer * layer, len(part.layers) * layer)
