@@ -230,14 +230,14 @@ class LiveWorld:
 
     async def _start(self, replica: Replica) -> None:
         engine, latency = self.costs.engine, self.costs.latency(replica.spec.tp, replica.spec.pp)
-        layout = FakeModel().layout
+        layout = replace(FakeModel().layout, num_layers=latency.pp)
         num_blocks = self.costs.kv_blocks(1, 1)
-        block_bytes = layout.token_bytes * engine.block_size
-        options = EngineOptions("fake", block_size=engine.block_size, kv_bytes=num_blocks * block_bytes)
+        rank_bytes = layout.token_bytes * engine.block_size // latency.pp
+        options = EngineOptions("fake", block_size=engine.block_size, kv_bytes=num_blocks * rank_bytes, pp=latency.pp)
         prepare = lambda batch: latency.batch(batch.items)[0]  # noqa: E731
         model = FakeModel(
             max_model_len=1 << 20,
-            pp=latency.pp,
+            layout=layout,
             host=prepare,
             seconds=lambda batch: latency.batch(batch.items)[1],
             writes_kv=False,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tests import virtual
 
 from distserve.engine.base import EngineOptions, EngineResult
-from distserve.engine.fake import FakeExecutor, FakeModel, KVMismatch
+from distserve.engine.fake import TINY_LAYOUT, FakeExecutor, FakeModel, KVMismatch
 from distserve.errors import PlanError
 from distserve.request import FinishReason, Request, SamplingParams
 from distserve.sched.base import Batch, Sequence
@@ -87,7 +88,7 @@ async def test_a_mix_up_is_seen_at_the_next_step(spoil: str) -> None:
     sequence.num_computed, sequence.num_tokens = 20, 21
     executor.check(sequence)
     if spoil == "byte":
-        executor.kv_buffer[7 * executor.layout.block_bytes + 1] ^= 1
+        executor.kv_buffers[0][7 * executor.layout.block_bytes + 1] ^= 1
     elif spoil == "other sequence":
         executor.add(request(2, length=5, seed=1))
         await executor.execute(Batch(1, [(Sequence(2, 5, blocks=[7]), 5)]))
@@ -109,7 +110,8 @@ async def test_kv_can_move_to_another_instance() -> None:
     await source.execute(Batch(0, [(sequence, 20)]))
     size = source.layout.block_bytes
     for here, there in ((4, 1), (7, 0)):
-        target.kv_buffer[there * size : (there + 1) * size] = source.kv_buffer[here * size : (here + 1) * size]
+        block = source.kv_buffers[0][here * size : (here + 1) * size]
+        target.kv_buffers[0][there * size : (there + 1) * size] = block
     target.add(Request(9, asked.prompt, asked.sampling, output=list(asked.output)))
     moved = Sequence(9, 21, num_computed=20, blocks=[1, 0])
     result = await target.execute(Batch(0, [(moved, 1)]))
@@ -131,7 +133,14 @@ def test_time_is_the_event_loops() -> None:
 
 def test_batches_follow_each_other_through_the_stages() -> None:
     async def steps() -> list[float]:
-        executor = await started(FakeModel(pp=3, seconds=lambda batch: 0.5 * batch.num_tokens, host=lambda batch: 0.25))
+        model = FakeModel(
+            layout=replace(TINY_LAYOUT, num_layers=3),
+            seconds=lambda batch: 0.5 * batch.num_tokens,
+            host=lambda batch: 0.25,
+        )
+        options = EngineOptions("fake", kv_bytes=64 << 10, block_size=16, pp=3)
+        executor = FakeExecutor(options, model, verify=True)
+        await executor.start(lambda fraction, what: None)
         loop, landed = asyncio.get_running_loop(), []
         results = []
         for key, length in ((1, 4), (2, 2), (3, 2)):
@@ -157,7 +166,7 @@ async def test_any_layout_and_any_memory() -> None:
     executor = await started(FakeModel(layout=layout), kv_buffer_factory=factory)
     assert executor.layout.block_size == 16
     assert len(await generate(executor, request(1, length=1, max_tokens=2), [0])) == 2
-    assert executor.kv_buffer is memory[0]
+    assert executor.kv_buffers == memory
     assert any(memory[0])
     with pytest.raises(PlanError, match="hold no block"):
         FakeExecutor(EngineOptions("fake", kv_bytes=10))

@@ -1,9 +1,9 @@
 """An executor without a model: takes as long as it is told, answers tokens that only the request determines, and writes
 KV that only the tokens determine, so that a test sees at once which block was lost, mixed up or read too early.
 
-No torch. The KV of position p is a 64-bit hash of all tokens up to p, repeated with the row's number mixed in, in every
-(layer, k|v, head) row of the layout. With `verify`, each step first reads back what earlier steps and pulls should have
-left in its sequences' blocks.
+No torch, and ranks have no process. The KV of position p is a 64-bit hash of all tokens up to p, repeated with the
+row's number mixed in, in every (layer, k|v, head) row of the model, in the memory of each rank that holds it. With
+`verify`, each step first reads back what earlier steps and pulls should have left in its sequences' blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from distserve.errors import PlanError, UsageError
 from distserve.request import FinishReason, Logprobs, Request, Token
 from distserve.sched.base import Batch
 from distserve.sched.base import Sequence as ScheduledSequence
-from distserve.sharding import Sharding
+from distserve.sharding import Sharding, split_layers
 from distserve.specs import KVLayout
 
 Words = NDArray[np.uint64]
@@ -45,7 +45,6 @@ class FakeModel:
     eos_token_ids: tuple[int, ...] = (2,)
     max_model_len: int = 8192
     layout: KVLayout = TINY_LAYOUT
-    pp: int = 1  # stages of its pipeline
     seconds: Callable[[Batch], float] = lambda batch: 0.0  # how long a batch takes in each stage
     host: Callable[[Batch], float] = lambda batch: 0.0  # and before the first one, which may be busy meanwhile
     writes_kv: bool = True  # False: only time passes, for measuring what is around the engine
@@ -54,9 +53,10 @@ class FakeModel:
 
 
 def parse_fake(model: str) -> FakeModel:
-    """`fake:step=0.005,token=0.0001,output=50,verify=0`: seconds a step and a token of it, tokens of an answer, whether
-    KV is written and checked. Its tokens are those of the demo model's vocabulary."""
-    settings = {"step": 0.0, "token": 0.0, "output": math.inf, "verify": 1.0}
+    """`fake:step=0.005,token=0.0001,output=50,verify=0,layers=6,heads=3`: seconds a step and a token of it, tokens of
+    an answer, whether KV is written and checked, of how many layers and heads. Its tokens are those of the demo model's
+    vocabulary."""
+    settings = {"step": 0.0, "token": 0.0, "output": math.inf, "verify": 1.0, "layers": 2.0, "heads": 1.0}
     for item in filter(None, model.partition(":")[2].split(",")):
         key, _, value = item.partition("=")
         if key not in settings:
@@ -69,7 +69,13 @@ def parse_fake(model: str) -> FakeModel:
     def num_output(request: Request) -> int:
         return int(min(settings["output"], request.sampling.max_tokens + 1))
 
-    return FakeModel(vocab_size=49_152, seconds=seconds, num_output=num_output, writes_kv=bool(settings["verify"]))
+    return FakeModel(
+        vocab_size=49_152,
+        seconds=seconds,
+        num_output=num_output,
+        writes_kv=bool(settings["verify"]),
+        layout=replace(TINY_LAYOUT, num_layers=int(settings["layers"]), num_kv_heads=int(settings["heads"])),
+    )
 
 
 @dataclass(slots=True)
@@ -101,30 +107,41 @@ class FakeExecutor(Executor):
     ) -> None:
         given = model.layout
         self.layout = KVLayout(given.num_layers, given.num_kv_heads, given.head_dim, options.block_size, given.dtype)
-        self.sharding = Sharding(given.num_kv_heads, (given.num_layers,))
+        self.sharding = Sharding(given.num_kv_heads, split_layers(given.num_layers, options.pp), options.tp)
         self.block_size = options.block_size
-        self.num_blocks = options.kv_bytes // self.layout.block_bytes
+        row = self.layout.head_dim * self.layout.itemsize * options.block_size
+        need = row * max(len(self._rows(rank)) for rank in range(self.sharding.num_ranks))
+        self.num_blocks = options.kv_bytes // need
         if self.num_blocks < 1:
-            raise PlanError(f"{options.kv_bytes} bytes of KV memory hold no block ({self.layout.block_bytes} bytes)")
+            raise PlanError(f"{options.kv_bytes} bytes of KV memory hold no block ({need} bytes)")
         limit = min(options.max_model_len or model.max_model_len, model.max_model_len)
         self.max_model_len = min(limit, self.num_blocks * options.block_size)
         self.eos_token_ids = model.eos_token_ids
         self._model = model
         self._verify = verify
-        self.max_in_flight = model.pp
-        self._stages = [0.0] * model.pp  # when each is free, on the loop's clock
+        self.max_in_flight = options.pp
+        self._stages = [0.0] * options.pp  # when each is free, on the loop's clock
         self._buffer_factory = kv_buffer_factory
         self._known: dict[int, _Known] = {}
 
     async def start(self, progress: Callable[[float, str], None]) -> None:
         layout = self.layout
-        self.kv_buffer = self._buffer_factory(self.num_blocks * layout.block_bytes)
         assert layout.head_dim * layout.itemsize % 8 == 0
         rows, words = layout.num_layers * 2 * layout.num_kv_heads, layout.head_dim * layout.itemsize // 8
-        pool = np.frombuffer(self.kv_buffer, np.uint64, self.num_blocks * layout.block_bytes // 8)
-        self._pool = pool.reshape(self.num_blocks, rows, layout.block_size, words)
+        self.kv_buffers: list[bytearray | memoryview] = []  # of each rank
+        self._pools: list[tuple[Words, list[int]]] = []  # the same, and which of the model's rows they hold
+        for rank in range(self.sharding.num_ranks):
+            held = self._rows(rank)
+            shape = (self.num_blocks, len(held), layout.block_size, words)
+            self.kv_buffers.append(self._buffer_factory(math.prod(shape) * 8))
+            words_of = np.frombuffer(self.kv_buffers[rank], np.uint64, math.prod(shape))
+            self._pools.append((words_of.reshape(shape), held))
         self._salt = np.arange(rows * words, dtype=np.uint64).reshape(rows, words) * np.uint64(_GOLDEN)
         progress(1.0, "ready")
+
+    def _rows(self, rank: int) -> list[int]:
+        layers, heads, width = self.sharding.layers(rank), self.sharding.heads(rank), self.layout.num_kv_heads
+        return [(2 * layer + half) * width + head for layer in layers for half in (0, 1) for head in heads]
 
     def add(self, request: Request) -> None:
         data = struct.pack(f"<Q{len(request.prompt)}q", request.sampling.seed & _MASK, *request.prompt)
@@ -172,26 +189,24 @@ class FakeExecutor(Executor):
             raise KVMismatch(
                 f"sequence {sequence.id}: {sequence.num_tokens} tokens scheduled, {len(known.tokens)} known"
             )
-        found, expected = self._at(sequence.blocks, 0, count), self._pattern(known, 0, count)
-        wrong = np.flatnonzero((found != expected).any(axis=(1, 2)))
-        if len(wrong):
-            block = sequence.blocks[wrong[0] // self.block_size]
-            where = f"first {wrong[0]}, in block {block}"
-            raise KVMismatch(f"sequence {sequence.id}: {len(wrong)} of {count} positions are not its KV, {where}")
+        expected, positions = self._pattern(known, 0, count), np.arange(count)
+        blocks = np.array(sequence.blocks, dtype=np.int64)[positions // self.block_size]
+        for rank, (pool, rows) in enumerate(self._pools):
+            found = pool[blocks, :, positions % self.block_size]  # [positions, rows, words]
+            wrong = np.flatnonzero((found != expected[:, rows]).any(axis=(1, 2)))
+            if len(wrong):
+                where = f"first {wrong[0]}, in block {blocks[wrong[0]]} of rank {rank}"
+                raise KVMismatch(f"sequence {sequence.id}: {len(wrong)} of {count} positions are not its KV, {where}")
 
     def _write(self, sequence: ScheduledSequence, known: _Known, end: int) -> None:
         positions = np.arange(sequence.num_computed, end)
         blocks = np.array(sequence.blocks)[positions // self.block_size]
-        self._pool[blocks, :, positions % self.block_size] = self._pattern(known, sequence.num_computed, end)
-
-    def _at(self, blocks: Sequence[int], first: int, end: int) -> Words:
-        """[positions, rows, words] that the pool holds."""
-        positions = np.arange(first, end)
-        index = np.array(blocks, dtype=np.int64)[positions // self.block_size]
-        return self._pool[index, :, positions % self.block_size]
+        pattern = self._pattern(known, sequence.num_computed, end)
+        for pool, rows in self._pools:
+            pool[blocks, :, positions % self.block_size] = pattern[:, rows]
 
     def _pattern(self, known: _Known, first: int, end: int) -> Words:
-        """The same, as it should be."""
+        """[positions, rows, words] that the pool should hold of all layers and heads."""
         return known.hash_until(end)[first:, None, None] ^ self._salt
 
     def _next_token(self, known: _Known) -> Token:

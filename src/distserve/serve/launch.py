@@ -72,7 +72,7 @@ def serve(options: ServeOptions) -> int:
     with bind(options.host, options.port) as listener:
         path = hub.resolve(DEMO_MODEL if is_fake(model) else model)
         spec = hub.read_spec(path)
-        for instances in plan.instances:
+        for instances in () if is_fake(model) else plan.instances:
             check_degrees(spec, instances.tp, instances.pp)
         found = starts(options, plan, model if is_fake(model) else str(path), spec)
         names = options.served_model_names or (model,)
