@@ -35,6 +35,7 @@ class Engine:
     chunk_tokens: int | None = None  # colocated, chunked: tokens of a step. None: the knee
     colocated_batch_tokens: int | None = None  # prefill-first: prompt tokens of a step. None: the knee
     watermark_blocks: int = 4
+    kv_memory: int | None = None  # bytes of KV on a device where a plan does not say; None: what the weights leave
     micro_batches: Literal["even", "joined"] = "even"
 
 
