@@ -12,6 +12,7 @@ import pytest
 from tests.test_architecture import house
 
 from distserve import compiled, precompile
+from distserve.native import BuildError
 
 # Every kind of instance, alone and several, with room and without, with stages, by measured and by derived costs.
 SCRIPT = """
@@ -66,7 +67,7 @@ def imagined(interpreted: bool) -> list[object]:
 def test_compiled_and_interpreted_results_are_equal() -> None:
     try:
         precompile.build()
-    except precompile.BuildError as error:
+    except BuildError as error:
         pytest.skip(str(error))
     (compiled_ran, ours), (interpreter_ran, theirs) = imagined(interpreted=False), imagined(interpreted=True)
     assert compiled_ran

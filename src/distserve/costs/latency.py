@@ -48,13 +48,28 @@ class DecodeLine(NamedTuple):
     per_sequence: float
 
 
-class Run(NamedTuple):
+class Run:
     """A decode batch whose members stay: a step takes `seconds`, and each further one `growth` more than the one before
     it, for `steps` steps at least."""
 
-    seconds: float
-    growth: float
-    steps: float
+    __slots__ = ("growth", "seconds", "steps")
+
+    def __init__(self, seconds: float, growth: float, steps: float) -> None:
+        self.seconds = seconds
+        self.growth = growth
+        self.steps = steps
+
+
+class _Line:
+    """A decode line, at hand."""
+
+    __slots__ = ("base", "from_batch", "per_context", "per_sequence")
+
+    def __init__(self, line: DecodeLine) -> None:
+        self.from_batch, self.base, self.per_context, self.per_sequence = line
+
+    def values(self) -> tuple[int, float, float, float]:
+        return self.from_batch, self.base, self.per_context, self.per_sequence
 
 
 Points = tuple[tuple[float, float], ...]  # (x, y) by x
@@ -113,13 +128,13 @@ class Coefficients:
     decode: tuple[DecodeLine, ...]  # by from_batch
     prefill_rest: Rows = ()  # by effective number of prompts: (tokens, measured less formula)
     decode_rest: Rows = ()  # by batch size: (summed context, measured less formula)
-    _from_batches: list[int] = field(init=False, repr=False, compare=False)  # of every decode line but the first
+    _lines: list[_Line] = field(init=False, repr=False, compare=False)  # `decode`, to be looked up
     _prefill_table: Table | None = field(init=False, repr=False, compare=False)
     _decode_table: Table | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "_from_batches", [line.from_batch for line in self.decode[1:]])
+        put(self, "_lines", [_Line(line) for line in self.decode])
         put(self, "_prefill_table", Table(self.prefill_rest) if self.prefill_rest else None)
         put(self, "_decode_table", Table(self.decode_rest) if self.decode_rest else None)
 
@@ -138,17 +153,24 @@ class Coefficients:
         return max(rest, (LEAST - 1) * seconds)
 
     def decode_line(self, batch: int) -> DecodeLine:
-        return self.decode[bisect_right(self._from_batches, batch)]
+        return DecodeLine(*self._line(batch).values())
+
+    def _line(self, batch: int) -> _Line:
+        lines = self._lines
+        at = len(lines) - 1
+        while at > 0 and lines[at].from_batch > batch:
+            at -= 1
+        return lines[at]
 
     def decodes(self, batch: int, context: float) -> float:
         """Seconds of a step that decodes `batch` sequences of `context` tokens together."""
-        _, base, per_context, per_sequence = self.decode[bisect_right(self._from_batches, batch)]
-        seconds = base + per_context * context + per_sequence * batch
+        line = self._line(batch)
+        seconds = line.base + line.per_context * context + line.per_sequence * batch
         return seconds if self._decode_table is None else seconds + self._decode_table.piece(batch, context)[0]
 
     def mixed(self, tokens: float, squares: float, batch: int, context: float) -> float:
         """Seconds of a step with both."""
-        line = self.decode_line(batch)
+        line = self._line(batch)
         prompts = max([p.base + p.per_token * (tokens + batch) for p in self.prefill])
         decodes = line.base + line.per_sequence * batch
         rest = 0.0
@@ -162,13 +184,13 @@ class Coefficients:
 
     def run(self, batch: int, context: float) -> Run:
         """A batch that begins with `context` and grows by one token a sequence and step."""
-        _, base, per_context, per_sequence = self.decode[bisect_right(self._from_batches, batch)]
-        seconds = base + per_context * context + per_sequence * batch
+        line = self._line(batch)
+        seconds = line.base + line.per_context * context + line.per_sequence * batch
         if self._decode_table is None:
-            return Run(seconds, per_context * batch, EVER)
+            return Run(seconds, line.per_context * batch, EVER)
         rest, slope, until = self._decode_table.piece(batch, context)
         steps = EVER if until == EVER else (until - context) // batch + 1
-        return Run(seconds + rest, (per_context + slope) * batch, steps)
+        return Run(seconds + rest, (line.per_context + slope) * batch, steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +216,11 @@ class Latency:
     padded: bool = False  # the prompts of a step are computed as long as the longest of them
 
     def batch(
-        self, items: Sequence[tuple[Scheduled, int]], decoding: int = 0, their_context: int = 0
+        self, items: list[tuple[Scheduled, int]], decoding: int = 0, their_context: int = 0
     ) -> tuple[float, float]:
         """(host, each stage) in seconds for a step of any kind: `items`, and beside them so many sequences that decode,
         with so many tokens of context together."""
-        tokens, squares, batch, context = composition(items, self.padded) if items else _NOTHING
+        tokens, squares, batch, context = composition(items, self.padded)
         batch, context = batch + decoding, context + their_context
         if not tokens:
             step, seconds = self.decode_step, self.coefficients.decodes(batch, context)
@@ -229,9 +251,9 @@ class Latency:
     def run(self, batch: int, context: float) -> Run:
         """Of an instance of one stage, host included."""
         assert self.pp == 1, "steps of a pipeline overlap: drive them one by one"
-        seconds, growth, steps = self.coefficients.run(batch, context)
+        run = self.coefficients.run(batch, context)
         step, share = self.decode_step, self.share
-        return Run(step.per_step + step.per_sequence * batch + seconds * share, growth * share, steps)
+        return Run(step.per_step + step.per_sequence * batch + run.seconds * share, run.growth * share, run.steps)
 
     def _host(self, tokens: int, sequences: int) -> float:
         step = self.prompt_step if tokens else self.decode_step
@@ -244,25 +266,19 @@ class Latency:
         return host + self.pp * self._stage(seconds)
 
 
-_NOTHING = (0, 0, 0, 0)
-
-
-def composition(items: Sequence[tuple[Scheduled, int]], padded: bool = False) -> tuple[int, int, int, int]:
+def composition(items: list[tuple[Scheduled, int]], padded: bool = False) -> tuple[int, int, int, int]:
     """(prompt tokens, their squares, decoding sequences, their context) of a batch."""
-    contexts = [sequence.num_computed for sequence, n in items if n == 1]
-    prompts = contexts.count(0)  # of a single token
-    batch = len(contexts) - prompts
-    context = sum(contexts) + batch
-    if batch == len(items):  # nearly every step
-        return 0, 0, batch, context
-    tokens = squares = prompts
-    longest = min(1, prompts)
-    for sequence, n in [item for item in items if item[1] != 1]:
-        tokens += n
-        squares += n * (2 * sequence.num_computed + n)
-        prompts += 1
-        if n > longest:
-            longest = n
+    tokens = squares = prompts = longest = batch = context = 0
+    for sequence, n in items:
+        computed = sequence.num_computed
+        if n == 1 and computed:
+            batch += 1
+            context += computed + 1
+        else:  # a single token that is a sequence's first is a prompt
+            tokens += n
+            squares += n * (2 * computed + n)
+            prompts += 1
+            longest = max(longest, n)
     if padded and prompts > 1:
         tokens, squares = prompts * longest, prompts * longest * longest
     return tokens, squares, batch, context

@@ -13,8 +13,9 @@ A sequence's life (which states a scheduler uses depends on its role):
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -31,17 +32,20 @@ class State(Enum):
     ABORTED = "aborted"
 
 
-class Clock(Protocol):
+class Clock(ABC):
     """What a sequence in lockstep with others knows its tokens from (`lockstep.py`)."""
 
-    ticks: int  # steps completed
-    in_flight: bool
-    joined: list[Sequence]  # those that are for the first time in the batch in flight
+    __slots__ = ("in_flight", "joined", "ticks")
+
+    def __init__(self) -> None:
+        self.ticks = 0  # steps completed
+        self.in_flight = False
+        self.joined: list[Sequence] = []  # those that are for the first time in the batch in flight
 
     @property
+    @abstractmethod
     def context(self) -> int:
         """Tokens of all of them together."""
-        ...
 
 
 class Sequence:
@@ -152,21 +156,39 @@ class Sequence:
         return f"Sequence({self.id}, {self.num_computed} of {self.num_tokens} tokens, {self.state.value})"
 
 
-@dataclass(slots=True)
+Item = tuple[Sequence, int]  # and how many tokens of it
+
+
 class Batch:
     """What to compute in one step: for each sequence the next `n` tokens after its `num_computed`.
 
     A sequence whose tokens are all computed by the step (`num_computed + n == num_tokens`) gets a new token sampled.
+
+    members    those of `lockstep`, one token each; they come first. Nobody changes this list any more
+    others     everybody else
     """
 
-    id: int
-    items: list[tuple[Sequence, int]]
-    lockstep: Clock | None = None  # of the first `num_lockstep` of them: what they advance in step with
-    num_lockstep: int = 0
+    __slots__ = ("_items", "id", "lockstep", "members", "others")
+
+    def __init__(
+        self, id: int, others: list[Item], lockstep: Clock | None = None, members: list[Sequence] | None = None
+    ) -> None:
+        self.id = id
+        self.others = others
+        self.lockstep = lockstep
+        self.members: list[Sequence] = [] if members is None else members
+        self._items: list[Item] | None = None
+
+    @property
+    def items(self) -> list[Item]:
+        """All of them."""
+        if self._items is None:  # a world that knows a lockstep never asks
+            self._items = [(sequence, 1) for sequence in self.members] + self.others if self.members else self.others
+        return self._items
 
     @property
     def num_tokens(self) -> int:
-        return sum(n for _, n in self.items)
+        return len(self.members) + sum([n for _, n in self.others])
 
 
 class StepResult(Protocol):
@@ -178,34 +200,60 @@ class StepResult(Protocol):
         ...
 
 
-@dataclass(slots=True)
 class Outcome:
-    """What a scheduler's answer to an event means for the world. Blocks are already freed when it is returned.
+    """What a scheduler's answer to an event means for the world, which only reads it. Blocks are freed when it comes.
 
     Every sequence that was added is, once, in `finished` or in `dropped`; from then on its id may be added again. Where
     an abort has to wait for the device or the transport, it is `dropped` by the call that ends the wait.
+
+    sampled    got a token in this step (in batch order)
+    held       of those: prefilled, KV now held for a puller
+    finished   of the sampled: that token was their last. The world said so, or the KV memory of the whole instance
+               cannot hold one token more (the world then ends it as "length")
+    dropped    aborted, released or lease over: forget them
     """
 
-    sampled: list[Sequence] = field(default_factory=list)  # got a token in this step (in batch order)
-    held: list[Sequence] = field(default_factory=list)  # of those: prefilled, KV now held for a puller
-    # Of the sampled: that token was their last. The world said so, or the KV memory of the whole instance cannot hold
-    # one token more (the world then ends it as "length").
-    finished: list[Sequence] = field(default_factory=list)
-    dropped: list[Sequence] = field(default_factory=list)  # aborted, released or lease over: forget them
+    __slots__ = ("dropped", "finished", "held", "sampled")
+
+    def __init__(self) -> None:
+        self.sampled: list[Sequence] = []
+        self.held: list[Sequence] = []
+        self.finished: list[Sequence] = []
+        self.dropped: list[Sequence] = []
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(init=False, slots=True)
 class Load:
-    """What a router needs to know about an instance. Counts at one moment."""
+    """What a router needs to know about an instance. Counts at one moment; nobody changes them."""
 
-    num_queued: int = 0  # sequences waiting for a first batch, a pull or a recomputation
-    num_queued_tokens: int = 0  # tokens still to be computed or pulled, except the one token of a decode step
-    num_running: int = 0  # in a batch, between two, or being pulled
-    num_held: int = 0
-    num_free_blocks: int = 0
-    num_blocks: int = 0
-    block_size: int = 1  # tokens
-    num_preemptions: int = 0  # since the epoch began
+    num_queued: int  # sequences waiting for a first batch, a pull or a recomputation
+    num_queued_tokens: int  # tokens still to be computed or pulled, except the one token of a decode step
+    num_running: int  # in a batch, between two, or being pulled
+    num_held: int
+    num_free_blocks: int
+    num_blocks: int
+    block_size: int  # tokens
+    num_preemptions: int  # since the epoch began
+
+    def __init__(
+        self,
+        num_queued: int = 0,
+        num_queued_tokens: int = 0,
+        num_running: int = 0,
+        num_held: int = 0,
+        num_free_blocks: int = 0,
+        num_blocks: int = 0,
+        block_size: int = 1,
+        num_preemptions: int = 0,
+    ) -> None:
+        self.num_queued = num_queued
+        self.num_queued_tokens = num_queued_tokens
+        self.num_running = num_running
+        self.num_held = num_held
+        self.num_free_blocks = num_free_blocks
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_preemptions = num_preemptions
 
 
 class Scheduler(Protocol):

@@ -74,6 +74,10 @@ class BlockPool:
             owned[block] = 1
         return blocks
 
+    def grow(self, blocks: list[int], n: int) -> None:
+        """Hands out `n` blocks more to the owner of `blocks`."""
+        blocks += self.allocate(n)
+
     def free(self, blocks: list[int]) -> None:
         """Takes blocks back and empties the list, so that its owner cannot use them by mistake."""
         owned, generations = self._owned, self.generations
@@ -92,8 +96,9 @@ class BlockCount(BlockPool):
     __slots__ = ("_num_free",)
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        super().__init__(num_blocks, block_size)
-        self._num_free = num_blocks
+        super().__init__(1, block_size)  # there is nothing to keep for each of them
+        self.num_blocks = self._num_free = num_blocks
+        self.capacity = num_blocks * block_size
 
     @property
     def num_free(self) -> int:
@@ -103,6 +108,12 @@ class BlockCount(BlockPool):
         assert 0 <= n <= self._num_free, f"{n} blocks wanted, {self._num_free} free: check num_free first"
         self._num_free -= n
         return [0] * n
+
+    def grow(self, blocks: list[int], n: int) -> None:
+        assert 0 <= n <= self._num_free, f"{n} blocks wanted, {self._num_free} free: check num_free first"
+        self._num_free -= n
+        for _ in range(n):
+            blocks.append(0)
 
     def free(self, blocks: list[int]) -> None:
         self._num_free += len(blocks)

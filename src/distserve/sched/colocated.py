@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distserve.sched.base import Batch, Sequence
+from distserve.sched.base import Batch, Item, Sequence
 from distserve.sched.blocks import BlockPool
 from distserve.sched.continuous import ContinuousScheduler
 from distserve.sched.policy import ColocatedPolicy
@@ -31,9 +31,10 @@ class ChunkedScheduler(ColocatedScheduler):
     def next_batch(self, now: float) -> Batch | None:
         if len(self._in_flight) >= self._max_in_flight:
             return None
-        items: list[tuple[Sequence, int]] = []
-        behind = self._schedule_decodes(items)
-        budget = self._schedule_behind(items, behind, self.policy.chunk_tokens - len(items))
+        items: list[Item] = []
+        behind = self._schedule_decodes()
+        decoding = len(self._formed.members) if self._formed is not None else 0
+        budget = self._schedule_behind(items, behind, self.policy.chunk_tokens - decoding)
         self._schedule_queued(items, budget)
         return self._launch(items)
 
@@ -44,15 +45,18 @@ class PrefillFirstScheduler(ColocatedScheduler):
     def next_batch(self, now: float) -> Batch | None:
         if len(self._in_flight) >= self._max_in_flight:
             return None
-        items: list[tuple[Sequence, int]] = []
+        items: list[Item] = []
         self._schedule_prompts(items)
         if not items:
-            self._schedule_decodes(items)
+            self._schedule_decodes()
         return self._launch(items)
 
-    def _schedule_prompts(self, items: list[tuple[Sequence, int]]) -> None:
+    def _schedule_prompts(self, items: list[Item]) -> None:
         budget = self.policy.max_batch_tokens
-        while (sequence := self._head()) is not None and self._has_room(sequence):
+        while True:
+            sequence = self._head()
+            if sequence is None or not self._has_room(sequence):
+                break
             n = sequence.num_tokens
             if items and n > budget:
                 break

@@ -18,18 +18,13 @@ Three rules keep it free of starvation and livelock:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection
-from heapq import heappop, heappush
 
-from distserve.sched.base import Batch, Load, Outcome, Sequence, State, StepResult
+from distserve.sched import order
+from distserve.sched.base import Batch, Item, Load, Outcome, Sequence, State, StepResult
 from distserve.sched.blocks import BlockPool
 from distserve.sched.lockstep import Lockstep
-
-
-def _place(sequence: Sequence) -> int:
-    return sequence.place
 
 
 class ContinuousScheduler(ABC):
@@ -46,14 +41,14 @@ class ContinuousScheduler(ABC):
         self._watermark_blocks = watermark_blocks
         self._max_in_flight = max_in_flight
         self._sequences: dict[int, Sequence] = {}  # all that are here
-        self._queue: list[tuple[int, Sequence]] = []  # heap by place: wait for blocks; aborted ones leave at the head
+        self._queue: deque[Sequence] = deque()  # wait for blocks, by place; aborted ones leave at the head
         self._running: list[Sequence] = []  # RUNNING, by place
         self._locksteps = [Lockstep(pool) for _ in range(max_in_flight)]
         self._turn = 0  # whose it is
         self._formed: Lockstep | None = None  # of the batch that is being made
         self._loose: list[Sequence] = []  # those of the running that are not in lockstep, by place
         self._starved: Sequence | None = None  # the oldest of them that lacked a block in the last batch
-        self._in_flight: deque[Batch] = deque()
+        self._in_flight: list[Batch] = []
         self._num_pulling = 0  # own blocks without running; only decode has such
         self._num_queued = 0
         self._num_queued_tokens = 0
@@ -78,7 +73,7 @@ class ContinuousScheduler(ABC):
     def next_batch(self, now: float) -> Batch | None: ...
 
     def repeats(self, batch: Batch) -> int:
-        if self._max_in_flight > 1 or self._loose or not 0 < batch.num_lockstep == len(batch.items):
+        if self._max_in_flight > 1 or self._loose or batch.others or not batch.members:
             return 1
         head = self._head()
         if head is not None and self._has_room(head):
@@ -86,12 +81,43 @@ class ContinuousScheduler(ABC):
         return self._locksteps[0].steps_with_room()
 
     def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
-        first = self._in_flight.popleft()
+        first = self._in_flight.pop(0)
         assert batch.id == first.id, f"batch {batch.id} completes before batch {first.id}, which was made earlier"
-        outcome, ended, capacity = Outcome(), result.ended, self.pool.capacity
-        if batch.num_lockstep:
+        outcome, ended = Outcome(), result.ended
+        if batch.members:
             self._complete_lockstep(batch, ended, times, outcome)
-        for sequence, n in batch.items[batch.num_lockstep :]:
+        if batch.others:
+            self._complete_others(batch.others, ended, outcome)
+        return outcome
+
+    def _complete_lockstep(self, batch: Batch, ended: Collection[int], times: int, outcome: Outcome) -> None:
+        lockstep, members = batch.lockstep, batch.members
+        assert isinstance(lockstep, Lockstep)
+        longest = lockstep.advance(times)
+        if lockstep.leaving:  # aborted in flight
+            gone = {sequence.id for sequence in lockstep.leaving}
+            outcome.sampled = [sequence for sequence in members if sequence.id not in gone]
+            for sequence in lockstep.leaving:
+                sequence.scheduled = 0
+                outcome.dropped.append(self._forget(sequence))
+            lockstep.leaving.clear()
+        else:
+            outcome.sampled = members.copy() if batch.others else members
+        if ended or longest:
+            last: list[Sequence] = []
+            for i in ended:
+                found = self._sequences.get(i)
+                if found is not None and found.clock is lockstep:
+                    order.insert(last, found)
+            for sequence in longest:
+                if sequence.id not in ended:
+                    order.insert(last, sequence)
+            for sequence in last:
+                self._finish(sequence, outcome)
+
+    def _complete_others(self, others: list[Item], ended: Collection[int], outcome: Outcome) -> None:
+        capacity = self.pool.capacity
+        for sequence, n in others:
             sequence.scheduled = 0
             if sequence.state is State.ABORTED:
                 outcome.dropped.append(self._forget(sequence))
@@ -102,28 +128,6 @@ class ContinuousScheduler(ABC):
             sequence.num_tokens += 1
             outcome.sampled.append(sequence)
             if sequence.id in ended or sequence.num_tokens > capacity:
-                self._finish(sequence, outcome)
-        return outcome
-
-    def _complete_lockstep(self, batch: Batch, ended: Collection[int], times: int, outcome: Outcome) -> None:
-        lockstep = batch.lockstep
-        assert isinstance(lockstep, Lockstep)
-        longest = lockstep.advance(times)
-        if lockstep.leaving:  # aborted in flight
-            gone = {sequence.id for sequence in lockstep.leaving}
-            outcome.sampled += [
-                sequence for sequence, _ in batch.items[: batch.num_lockstep] if sequence.id not in gone
-            ]
-            for sequence in lockstep.leaving:
-                sequence.scheduled = 0
-                outcome.dropped.append(self._forget(sequence))
-            lockstep.leaving.clear()
-        else:
-            outcome.sampled += lockstep.members  # nobody has joined or left since the batch was made
-        if ended or longest:
-            last = [found for i in ended if (found := self._sequences.get(i)) is not None and found.clock is lockstep]
-            last += [sequence for sequence in longest if sequence.id not in ended]
-            for sequence in sorted(last, key=_place):
                 self._finish(sequence, outcome)
 
     def _finish(self, sequence: Sequence, outcome: Outcome) -> None:
@@ -149,7 +153,11 @@ class ContinuousScheduler(ABC):
         return Outcome()  # nothing here has a lease: what waits, waits for blocks, and its turn comes
 
     def load(self) -> Load:
-        behind = sum(n for s in self._loose if (n := s.num_tokens - s.num_computed) > 1)
+        behind = 0
+        for sequence in self._loose:
+            n = sequence.num_tokens - sequence.num_computed
+            if n > 1:
+                behind += n
         return Load(
             num_queued=self._num_queued,
             num_queued_tokens=self._num_queued_tokens + behind,
@@ -162,43 +170,41 @@ class ContinuousScheduler(ABC):
 
     # The parts of a next_batch
 
-    def _schedule_decodes(self, items: list[tuple[Sequence, int]]) -> list[Sequence]:
-        """Puts the lockstep whose turn it is into `items`, oldest first. Returns the running sequences with more than
-        one token to compute, oldest first."""
+    def _schedule_decodes(self) -> list[Sequence]:
+        """Forms the lockstep whose turn it is. Returns those that run and have more than one token to compute, oldest
+        first."""
         self._starved = None
         share = -(-len(self._running) // self._max_in_flight)
-        for _ in self._locksteps:
+        for _ in range(self._max_in_flight):
             lockstep = self._locksteps[self._turn]
             self._turn = (self._turn + 1) % self._max_in_flight
-            if not lockstep.in_flight and self._form(lockstep, share, items):
+            if not lockstep.in_flight and self._form(lockstep, share):
                 break
         return self._behind()
 
-    def _form(self, lockstep: Lockstep, share: int, items: list[tuple[Sequence, int]]) -> bool:
-        """Makes `lockstep` as large as its share and puts it into `items`; False: it is empty."""
-        members = lockstep.items
+    def _form(self, lockstep: Lockstep, share: int) -> bool:
+        """Makes `lockstep` as large as its share, for the batch that is being made; False: it is empty."""
         if self._loose:
             rest: list[Sequence] = []
             for sequence in self._loose:
                 ready = not sequence.scheduled and sequence.num_tokens - sequence.num_computed == 1
-                if ready and len(members) < share:
+                if ready and len(lockstep.members) < share:
                     lockstep.join(sequence)
                 else:
                     rest.append(sequence)
             self._loose = rest
-        while len(members) > share:
-            self._loosen(members[-1][0])
+        while len(lockstep.members) > share:
+            self._loosen(lockstep.members[-1])
         pool = self.pool
         for sequence in lockstep.needy():  # `_grow` preempts some, but only behind the one we are at
             if sequence.clock is not lockstep:
                 continue
             if pool.num_free:
-                sequence.blocks += pool.allocate(1)
+                pool.grow(sequence.blocks, 1)
             elif not self._grow(sequence, sequence.num_tokens):
                 self._loosen(sequence)
-        if not members:
+        if not lockstep.members:
             return False
-        items += members
         lockstep.in_flight = True  # from here on nobody takes their blocks
         self._formed = lockstep
         return True
@@ -212,9 +218,9 @@ class ContinuousScheduler(ABC):
         """Takes it out of its lockstep; it goes on running."""
         assert isinstance(sequence.clock, Lockstep)
         sequence.clock.leave(sequence)
-        insort(self._loose, sequence, key=_place)
+        order.insert(self._loose, sequence)
 
-    def _schedule_behind(self, items: list[tuple[Sequence, int]], behind: list[Sequence], budget: int) -> int:
+    def _schedule_behind(self, items: list[Item], behind: list[Sequence], budget: int) -> int:
         """Puts chunks of `behind` into `items`, oldest first; returns what is left of `budget` (tokens)."""
         for sequence in behind:
             if budget <= 0:
@@ -227,7 +233,7 @@ class ContinuousScheduler(ABC):
                 budget -= n
         return budget
 
-    def _schedule_queued(self, items: list[tuple[Sequence, int]], budget: int) -> None:
+    def _schedule_queued(self, items: list[Item], budget: int) -> None:
         """Admits from the head of the queue what is computed here, and puts its first chunk into `items`."""
         while budget > 0:
             sequence = self._head()
@@ -239,13 +245,16 @@ class ContinuousScheduler(ABC):
             items.append((sequence, n))
             budget -= n
 
-    def _launch(self, items: list[tuple[Sequence, int]]) -> Batch | None:
-        if not items:
+    def _launch(self, items: list[Item]) -> Batch | None:
+        """The lockstep that was formed, if one was, and `items` beside it."""
+        formed = self._formed
+        if formed is None and not items:
             return None
         self._num_batches += 1
-        batch = Batch(self._num_batches, items)
-        if self._formed is not None:
-            batch.lockstep, batch.num_lockstep = self._formed, len(self._formed.items)
+        if formed is None:
+            batch = Batch(self._num_batches, items)
+        else:
+            batch = Batch(self._num_batches, items, formed, formed.lend())
             self._formed = None
         self._in_flight.append(batch)
         return batch
@@ -256,7 +265,11 @@ class ContinuousScheduler(ABC):
         sequence.state = state
         self._num_queued += 1
         self._num_queued_tokens += sequence.num_kv_tokens or sequence.num_tokens
-        heappush(self._queue, (sequence.place, sequence))
+        queue, place = self._queue, sequence.place
+        if not queue or queue[-1].place < place:
+            queue.append(sequence)
+        else:  # preempted: what came later waits behind it
+            queue.insert(sum([other.place < place for other in queue]), sequence)
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self._num_queued -= 1
@@ -266,10 +279,10 @@ class ContinuousScheduler(ABC):
         """The oldest sequence that waits for blocks."""
         queue = self._queue
         while queue:
-            sequence = queue[0][1]
+            sequence = queue[0]
             if sequence.state is not State.ABORTED:
                 return sequence
-            heappop(queue)
+            queue.popleft()
         return None
 
     def _has_room(self, sequence: Sequence) -> bool:
@@ -285,22 +298,23 @@ class ContinuousScheduler(ABC):
 
     def _admit(self, sequence: Sequence) -> None:
         """Takes the head of the queue out of it, to be computed here from its first token on."""
-        heappop(self._queue)
+        self._queue.popleft()
         self._leave_queue(sequence)
         sequence.blocks = self.pool.allocate(self.pool.blocks_for(sequence.num_tokens))
         self._run(sequence)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = State.RUNNING
-        insort(self._running, sequence, key=_place)
-        insort(self._loose, sequence, key=_place)
+        order.insert(self._running, sequence)
+        order.insert(self._loose, sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
-        del self._running[bisect_left(self._running, sequence.place, key=_place)]
-        if isinstance(sequence.clock, Lockstep):
-            sequence.clock.leave(sequence)
+        order.remove(self._running, sequence)
+        clock = sequence.clock
+        if isinstance(clock, Lockstep):
+            clock.leave(sequence)
         else:
-            del self._loose[bisect_left(self._loose, sequence.place, key=_place)]
+            order.remove(self._loose, sequence)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for the KV of `num_tokens` tokens, taken from the youngest where none are free. False: it must wait
@@ -317,7 +331,7 @@ class ContinuousScheduler(ABC):
                 if not victim.scheduled:
                     break
             self._preempt(victim)
-        sequence.blocks += pool.allocate(missing)
+        pool.grow(sequence.blocks, missing)
         return True
 
     def _preempt(self, victim: Sequence) -> None:

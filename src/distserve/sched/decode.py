@@ -9,9 +9,7 @@ any --abort--> ABORTED  (PULLING, or in a batch in flight: blocks are freed by `
 
 from __future__ import annotations
 
-from heapq import heappop
-
-from distserve.sched.base import Batch, Outcome, Sequence, State
+from distserve.sched.base import Batch, Item, Outcome, Sequence, State
 from distserve.sched.blocks import BlockPool
 from distserve.sched.continuous import ContinuousScheduler
 from distserve.sched.policy import DecodePolicy
@@ -35,8 +33,8 @@ class DecodeScheduler(ContinuousScheduler):
     def next_batch(self, now: float) -> Batch | None:
         if len(self._in_flight) >= self._max_in_flight:
             return None
-        items: list[tuple[Sequence, int]] = []
-        behind = self._schedule_decodes(items)
+        items: list[Item] = []
+        behind = self._schedule_decodes()
         budget = self.policy.chunk_tokens
         if behind:
             budget = self._schedule_behind(items, behind, budget)
@@ -48,18 +46,20 @@ class DecodeScheduler(ContinuousScheduler):
         pulls: list[Sequence] = []
         if not self._queue:
             return pulls
-        while (sequence := self._head()) is not None and self._has_room(sequence):
+        while True:
+            sequence = self._head()
+            if sequence is None or not self._has_room(sequence):
+                return pulls
             if not sequence.num_kv_tokens:
                 self._admit(sequence)  # next in turn, and what came after it need not wait for a step
                 continue
-            heappop(self._queue)
+            self._queue.popleft()
             self._leave_queue(sequence)
             sequence.blocks = self.pool.allocate(self.pool.blocks_for(sequence.num_kv_tokens))
             sequence.state = State.PULLING
             self._pulling[sequence.id] = sequence
             self._num_pulling += 1
             pulls.append(sequence)
-        return pulls
 
     def pulled(self, sequence_id: int, now: float) -> Outcome:
         outcome = Outcome()

@@ -9,26 +9,21 @@ A sequence needs a block every `block_size` steps, always at the same residue of
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
-from distserve.sched.base import Sequence
+from distserve.sched import order
+from distserve.sched.base import Clock, Sequence
 from distserve.sched.blocks import BlockPool
 
-Item = tuple[Sequence, int]
 
+class Lockstep(Clock):
+    """`members` are its batch: each with one token, oldest first."""
 
-class Lockstep:
-    """`items` are its batch: every member with one token, oldest first."""
-
-    __slots__ = ("_due", "_longest", "_pool", "_sum", "in_flight", "items", "joined", "leaving", "members", "ticks")
+    __slots__ = ("_due", "_lent", "_longest", "_pool", "_sum", "leaving", "members")
 
     def __init__(self, pool: BlockPool) -> None:
-        self.ticks = 0  # steps completed
-        self.items: list[Item] = []
-        self.members: list[Sequence] = []  # of `items`, in the same order
-        self.joined: list[Sequence] = []  # since the last step
-        self.in_flight = False
+        super().__init__()
+        self.members: list[Sequence] = []
         self.leaving: list[Sequence] = []  # aborted in flight: the device writes to their blocks until the step is over
+        self._lent = False  # a batch holds `members`: who changes it takes a copy
         self._pool = pool
         self._sum = 0  # of each member's tokens less `ticks`
         self._longest = 0  # at least the most tokens less `ticks` of any member
@@ -36,21 +31,28 @@ class Lockstep:
 
     @property
     def context(self) -> int:
-        """Tokens of all members together."""
-        return self._sum + self.ticks * len(self.items)
+        return self._sum + self.ticks * len(self.members)
+
+    def lend(self) -> list[Sequence]:
+        """The members as they are now, to be kept."""
+        self._lent = True
+        return self.members
+
+    def _own(self) -> list[Sequence]:
+        if self._lent:
+            self._lent = False
+            self.members = self.members.copy()
+        return self.members
 
     def join(self, sequence: Sequence) -> None:
         """A sequence that has one token to compute. Not while a step is in flight."""
         offset = sequence.num_tokens - self.ticks
-        if not self.items:
-            self._longest = offset
+        members = self._own()
+        self._longest = max(self._longest, offset) if members else offset
         sequence.enter(self)
-        at = bisect_left(self.members, sequence.place, key=_place)
-        self.items.insert(at, (sequence, 1))
-        self.members.insert(at, sequence)
+        order.insert(members, sequence)
         self.joined.append(sequence)
         self._sum += offset
-        self._longest = max(self._longest, offset)
         self._due[(1 - offset) % len(self._due)].append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
@@ -58,8 +60,7 @@ class Lockstep:
         offset = sequence.num_tokens - self.ticks
         self._sum -= offset
         self._due[(1 - offset) % len(self._due)].remove(sequence)
-        at = bisect_left(self.members, sequence.place, key=_place)
-        del self.items[at], self.members[at]
+        order.remove(self._own(), sequence)
         if self.in_flight:
             self.leaving.append(sequence)
         sequence.exit()
@@ -70,9 +71,10 @@ class Lockstep:
         if not due:
             return due
         block_size = self._pool.block_size
-        needy = [sequence for sequence in due if sequence.num_tokens > len(sequence.blocks) * block_size]
-        if len(needy) > 1:
-            needy.sort(key=_place)
+        needy: list[Sequence] = []
+        for sequence in due:
+            if sequence.num_tokens > len(sequence.blocks) * block_size:
+                order.insert(needy, sequence)
         return needy
 
     def advance(self, times: int) -> list[Sequence]:
@@ -84,7 +86,7 @@ class Lockstep:
             self.ticks += 1
             for sequence in dues[self.ticks % size]:
                 if sequence.num_tokens > len(sequence.blocks) * block_size:
-                    sequence.blocks += pool.allocate(1)
+                    pool.grow(sequence.blocks, 1)
         self.ticks += 1
         self.in_flight = False
         self.joined.clear()
@@ -96,14 +98,10 @@ class Lockstep:
     def steps_with_room(self) -> int:
         """How many steps in a row all members can take with the blocks that are free; the next one has its own."""
         free, size = self._pool.num_free, len(self._due)
-        steps = free // len(self.items) * size + 1
+        steps = free // len(self.members) * size + 1
         if steps == 1:
             due = len(self._due[(self.ticks + 1) % size])
             while due <= free:
                 steps += 1
                 due += len(self._due[(self.ticks + steps) % size])
         return max(1, min(steps, self._pool.capacity - self._longest - self.ticks + 1))
-
-
-def _place(sequence: Sequence) -> int:
-    return sequence.place

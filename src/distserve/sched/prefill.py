@@ -7,9 +7,9 @@ QUEUED --next_batch--> RUNNING --complete--> HELD --release / lease over--> RELE
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 
-from distserve.sched.base import Batch, Load, Outcome, Sequence, State, StepResult
+from distserve.sched.base import Batch, Item, Load, Outcome, Sequence, State, StepResult
 from distserve.sched.blocks import BlockPool
 from distserve.sched.policy import PrefillPolicy
 
@@ -29,9 +29,13 @@ class PrefillScheduler:
         self.policy = policy
         self._max_in_flight = max_in_flight
         self._sequences: dict[int, Sequence] = {}  # all that are here
-        self._queue: OrderedDict[int, Sequence] = OrderedDict()  # an abort takes one out of the middle in O(1)
-        self._held: OrderedDict[int, Sequence] = OrderedDict()  # by end of lease: all leases are equally long
-        self._in_flight: deque[Batch] = deque()
+        self._queue: deque[Sequence] = deque()  # aborted ones leave at the head
+        self._num_queued = 0
+        # By end of lease: all leases are equally long. One that was renewed is in it again, one that was released is
+        # still in it; both leave at the head.
+        self._leases: deque[tuple[float, Sequence]] = deque()
+        self._num_held = 0
+        self._in_flight: list[Batch] = []
         self._num_pending_tokens = 0  # of QUEUED and RUNNING sequences
         self._num_added = 0
         self._num_batches = 0
@@ -48,21 +52,27 @@ class PrefillScheduler:
         sequence.place = self._num_added
         self._num_added += 1
         self._num_pending_tokens += sequence.num_tokens
-        self._sequences[sequence.id] = self._queue[sequence.id] = sequence
+        self._sequences[sequence.id] = sequence
+        self._queue.append(sequence)
+        self._num_queued += 1
 
     def next_batch(self, now: float) -> Batch | None:
-        queue, pool, policy = self._queue, self.pool, self.policy
+        queue, pool = self._queue, self.pool
         if not queue or len(self._in_flight) >= self._max_in_flight:
             return None
-        items: list[tuple[Sequence, int]] = []
-        budget = policy.max_batch_tokens
-        while queue and len(items) < policy.max_batch_size:
-            sequence = next(iter(queue.values()))
+        items: list[Item] = []
+        budget = self.policy.max_batch_tokens
+        while queue and len(items) < self.policy.max_batch_size:
+            sequence = queue[0]
+            if sequence.state is State.ABORTED:
+                queue.popleft()
+                continue
             n = sequence.num_tokens
             num_blocks = pool.blocks_for(n)
             if (items and n > budget) or num_blocks > pool.num_free:
                 break
-            queue.popitem(last=False)
+            queue.popleft()
+            self._num_queued -= 1
             sequence.blocks = pool.allocate(num_blocks)
             sequence.state = State.RUNNING
             sequence.scheduled = n
@@ -80,10 +90,10 @@ class PrefillScheduler:
 
     def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
         assert times == 1, f"a prefill batch is executed once, not {times} times"
-        first = self._in_flight.popleft()
+        first = self._in_flight.pop(0)
         assert batch.id == first.id, f"batch {batch.id} completes before batch {first.id}, which was made earlier"
         outcome, ended = Outcome(), result.ended
-        for sequence, n in batch.items:
+        for sequence, n in batch.others:
             self._num_pending_tokens -= n
             sequence.scheduled = 0
             if sequence.state is State.ABORTED:
@@ -97,8 +107,8 @@ class PrefillScheduler:
                 outcome.finished.append(self._forget(sequence))
             else:
                 sequence.state = State.HELD
-                sequence.lease = now + self.policy.lease
-                self._held[sequence.id] = sequence
+                self._num_held += 1
+                self._lease(sequence, now)
                 outcome.held.append(sequence)
         return outcome
 
@@ -108,10 +118,10 @@ class PrefillScheduler:
         if sequence is None:
             return outcome
         if sequence.state is State.QUEUED:
-            del self._queue[sequence_id]
+            self._num_queued -= 1  # it leaves the queue when it is its turn
             self._num_pending_tokens -= sequence.num_tokens
         elif sequence.state is State.HELD:
-            del self._held[sequence_id]
+            self._num_held -= 1
         else:  # in flight: the device writes to its blocks until `complete`
             sequence.state = State.ABORTED
             return outcome
@@ -121,37 +131,48 @@ class PrefillScheduler:
 
     def release(self, sequence_id: int, now: float) -> Outcome:
         outcome = Outcome()
-        sequence = self._held.pop(sequence_id, None)
-        if sequence is not None:
-            sequence.state = State.RELEASED
-            outcome.dropped.append(self._forget(sequence))
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None and sequence.state is State.HELD:
+            self._release(sequence, outcome)
+            self._forget_leases()
         return outcome
 
     def renew(self, sequence_id: int, now: float) -> bool:
-        sequence = self._held.get(sequence_id)
-        if sequence is None:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.state is not State.HELD:
             return False
-        sequence.lease = now + self.policy.lease
-        self._held.move_to_end(sequence_id)
+        self._lease(sequence, now)
         return True
 
     def expire(self, now: float) -> Outcome:
-        outcome, held = Outcome(), self._held
-        while held:
-            sequence = next(iter(held.values()))
-            if sequence.lease > now:
-                break
-            held.popitem(last=False)
-            sequence.state = State.RELEASED
-            outcome.dropped.append(self._forget(sequence))
+        outcome, leases = Outcome(), self._leases
+        while leases and leases[0][0] <= now:
+            end, sequence = leases.popleft()
+            if sequence.state is State.HELD and sequence.lease == end:
+                self._release(sequence, outcome)
         return outcome
+
+    def _lease(self, sequence: Sequence, now: float) -> None:
+        sequence.lease = now + self.policy.lease
+        self._leases.append((sequence.lease, sequence))
+
+    def _release(self, sequence: Sequence, outcome: Outcome) -> None:
+        self._num_held -= 1
+        sequence.state = State.RELEASED
+        outcome.dropped.append(self._forget(sequence))
+
+    def _forget_leases(self) -> None:
+        """Those at the head of which nothing is left."""
+        leases = self._leases
+        while leases and leases[0][1].state is not State.HELD:
+            leases.popleft()
 
     def load(self) -> Load:
         return Load(
-            num_queued=len(self._queue),
+            num_queued=self._num_queued,
             num_queued_tokens=self._num_pending_tokens,
-            num_running=sum(len(batch.items) for batch in self._in_flight),
-            num_held=len(self._held),
+            num_running=sum([len(batch.others) for batch in self._in_flight]),
+            num_held=self._num_held,
             num_free_blocks=self.pool.num_free,
             num_blocks=self.pool.num_blocks,
             block_size=self.pool.block_size,

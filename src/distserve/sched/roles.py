@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from distserve.sched.base import Scheduler
 from distserve.sched.blocks import BlockPool
 from distserve.sched.colocated import colocated_scheduler
+from distserve.sched.continuous import ContinuousScheduler
 from distserve.sched.decode import DecodeScheduler
 from distserve.sched.policy import ColocatedPolicy, DecodePolicy, PrefillPolicy
 from distserve.sched.prefill import PrefillScheduler
@@ -30,7 +30,7 @@ def scheduler_for(
     policy: str = "chunked",
     batch_tokens: int | None = None,
     max_in_flight: int = 1,
-) -> Scheduler:
+) -> PrefillScheduler | ContinuousScheduler:
     """The scheduler of an instance. `batch_tokens`: what a prefill batch, or a step of a colocated instance, takes at
     most; None: what the policies say."""
     if role == "prefill":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from distserve.sched.base import Batch, Outcome, Sequence, StepResult
+from distserve.sched.base import Batch, Item, Outcome, StepResult
 from distserve.sched.blocks import BlockPool
 from distserve.sched.decode import DecodeScheduler
 from distserve.sched.policy import DecodePolicy
@@ -50,11 +50,11 @@ class TurnsScheduler(DecodeScheduler):
         return outcome
 
     def _batch_of(self, turn: int) -> Batch | None:
-        items: list[tuple[Sequence, int]] = []
+        items: list[Item] = []
         self._starved = None
         lockstep = self._locksteps[turn]
         assert not lockstep.in_flight, "a turn came again before its batch had come back"
-        self._form(lockstep, len(self._running), items)
+        self._form(lockstep, len(self._running))
         budget = self._schedule_behind(items, self._behind(), self.policy.chunk_tokens)
         self._schedule_queued(items, budget)
         return self._launch(items)

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from distserve.metrics import OK, Record, tpot
 from distserve.sched.base import Sequence
+from distserve.traces import Arrival
 
 NEVER = float("inf")
 
 
-@dataclass(slots=True, eq=False)
 class Life:
-    """One request, from its arrival to its last token. Times in seconds; NEVER: not yet."""
+    """One request, from its arrival to its last token. Times in seconds; NEVER: not yet.
 
-    index: int
-    arrival: float
-    prompt_tokens: int
-    output_tokens: int  # it will have, which only the world knows
-    app: str = ""
-    started: float = NEVER  # its prompt's first batch
-    first: float = NEVER  # first token
-    pull_started: float = NEVER
-    pulled: float = NEVER
-    joined: float = NEVER  # first batch that decodes it after its first token
-    last: float = NEVER  # last token
-    status: str = OK
+    output_tokens   it will have, which only the world knows
+    started         its prompt's first batch
+    first, last     tokens
+    """
+
+    __slots__ = (
+        "app",
+        "arrival",
+        "first",
+        "index",
+        "last",
+        "output_tokens",
+        "prompt_tokens",
+        "pull_started",
+        "pulled",
+        "started",
+        "status",
+    )
+
+    def __init__(self, index: int, arrival: float, prompt_tokens: int, output_tokens: int, app: str = "") -> None:
+        self.index = index
+        self.arrival = arrival
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.app = app
+        self.started = self.first = self.pull_started = self.pulled = self.last = NEVER
+        self.status = OK
+
+    @property
+    def tpot(self) -> float | None:
+        """Of a life that is over."""
+        return tpot(self.first, self.last, self.output_tokens)
 
     def record(self) -> Record:
         """As a client sees it."""
@@ -33,8 +53,16 @@ class Life:
         if self.last == NEVER:
             status = self.status if self.status != OK else "unfinished"
             return Record(self.arrival, self.prompt_tokens, self.output_tokens, first, None, status, self.app)
-        pace = tpot(self.first, self.last, self.output_tokens)
-        return Record(self.arrival, self.prompt_tokens, self.output_tokens, first, pace, OK, self.app)
+        return Record(self.arrival, self.prompt_tokens, self.output_tokens, first, self.tpot, OK, self.app)
+
+
+def lives_of(arrivals: Iterable[Arrival]) -> list[Life]:
+    """That are about to begin."""
+    lives: list[Life] = []
+    for request in arrivals:
+        life = Life(len(lives), request.arrival, request.prompt_tokens, request.output_tokens, request.app)
+        lives.append(life)
+    return lives
 
 
 class Imagined(Sequence):
@@ -43,6 +71,10 @@ class Imagined(Sequence):
     __slots__ = ("life", "target")
 
     def __init__(self, life: Life, num_tokens: int, num_kv_tokens: int = 0) -> None:
-        super().__init__(life.index, num_tokens, num_kv_tokens=num_kv_tokens)
+        super().__init__(life.index, num_tokens, 1, num_kv_tokens)
         self.life = life
         self.target = life.prompt_tokens + life.output_tokens  # tokens, when it is over
+
+    def left(self) -> int:
+        """Tokens it will still have."""
+        return self.target - self.num_tokens

@@ -6,22 +6,68 @@ end is planned anew.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from distserve.costs.network import Link, Links, Route
-from distserve.sim.events import Events
+from distserve.sim.events import Event, Events
 
 
-@dataclass(slots=True, eq=False)
-class _Pull:
-    route: Route
-    left: float  # bytes
-    done: Callable[[float], None]
-    since: float  # when `left` was true
-    rate: float = 0.0  # bytes/s
-    plans: int = 0  # an end that was planned before the last change is void
+class _Wire:
+    """A link and the pulls on it."""
+
+    __slots__ = ("capacity", "pulls")
+
+    def __init__(self, capacity: float) -> None:
+        self.capacity = capacity  # bytes/s
+        self.pulls: list[Pull] = []
+
+
+class Way:
+    """A route, and the links it loads."""
+
+    __slots__ = ("latency", "route", "shares", "wires")
+
+    def __init__(self, route: Route, wires: list[_Wire]) -> None:
+        self.route = route
+        self.latency: float = route.latency
+        self.wires = wires
+        self.shares: list[float] = [share for _, share in route.loads]  # bytes on each for a byte of KV
+
+    def rate(self) -> float:
+        """KV bytes/s of each pull on it, as `Links.rate` says; infinite where it loads nothing."""
+        rate = float("inf")
+        for wire, share in zip(self.wires, self.shares, strict=True):
+            rate = min(rate, wire.capacity / (len(wire.pulls) * share))
+        return rate
+
+
+class Pull:
+    """A pull of `left` bytes of KV; a world's kind of pull says what is done when they have arrived."""
+
+    __slots__ = ("left", "plans", "rate", "since", "touched", "way")
+
+    def __init__(self, way: Way, left: float) -> None:
+        self.way = way
+        self.left = left
+        self.since = 0.0  # when `left` was true
+        self.rate = 0.0  # bytes/s
+        self.plans = 0  # an end that was planned before the last change is void
+        self.touched = 0  # by which change last
+
+    def done(self, now: float) -> None:
+        raise NotImplementedError
+
+
+class _End(Event):
+    __slots__ = ("plans", "pull", "pulls")
+
+    def __init__(self, pulls: Pulls, pull: Pull) -> None:
+        super().__init__()
+        self.pulls = pulls
+        self.pull = pull
+        self.plans = pull.plans
+
+    def happen(self, now: float) -> None:
+        if self.plans == self.pull.plans:
+            self.pulls.end(self.pull, now)
 
 
 class Pulls:
@@ -30,38 +76,46 @@ class Pulls:
     def __init__(self, links: Links, events: Events) -> None:
         self._links = links
         self._events = events
-        self._active: dict[Link, list[_Pull]] = {}  # by link
-        self._count: Counter[Link] = Counter()
+        self._wires: dict[Link, _Wire] = {}
+        self._changes = 0
 
-    def start(self, route: Route, size: float, now: float, done: Callable[[float], None]) -> None:
-        """`size` bytes of KV from `now` on; `done(when)` is called as they have arrived."""
-        pull = _Pull(route, size, done, now + route.latency)
+    def way(self, route: Route) -> Way:
+        """What pulls on this route need."""
+        wires: list[_Wire] = []
         for link, _ in route.loads:
-            self._active.setdefault(link, []).append(pull)
-            self._count[link] += 1
-        self._share(route, now)
-        if not route.loads:
+            if link not in self._wires:
+                self._wires[link] = _Wire(self._links.capacity(link))
+            wires.append(self._wires[link])
+        return Way(route, wires)
+
+    def start(self, pull: Pull, now: float) -> None:
+        """From `now` on. It is told when its bytes have arrived."""
+        pull.since = now + pull.way.latency
+        for wire in pull.way.wires:
+            wire.pulls.append(pull)
+        self._share(pull.way, now)
+        if not pull.way.wires:
             self._plan(pull, now)
 
-    def _share(self, route: Route, now: float) -> None:
-        touched = {id(pull): pull for link, _ in route.loads for pull in self._active[link]}
-        for pull in touched.values():
-            pull.left -= pull.rate * max(0.0, now - pull.since)
-            pull.since = max(now, pull.since)
-            pull.rate = self._links.rate(pull.route, self._count)
-            self._plan(pull, now)
+    def end(self, pull: Pull, now: float) -> None:
+        for wire in pull.way.wires:
+            wire.pulls.remove(pull)
+        self._share(pull.way, now)
+        pull.done(now)
 
-    def _plan(self, pull: _Pull, now: float) -> None:
+    def _share(self, way: Way, now: float) -> None:
+        self._changes += 1
+        for wire in way.wires:
+            for pull in wire.pulls:
+                if pull.touched == self._changes:
+                    continue
+                pull.touched = self._changes
+                pull.left -= pull.rate * max(0.0, now - pull.since)
+                pull.since = max(now, pull.since)
+                pull.rate = pull.way.rate()
+                self._plan(pull, now)
+
+    def _plan(self, pull: Pull, now: float) -> None:
         pull.plans += 1
         end = pull.since + (pull.left / pull.rate if pull.rate else 0.0)
-        self._events.at(max(now, end), self._ended, (pull, pull.plans))
-
-    def _ended(self, now: float, planned: tuple[_Pull, int]) -> None:
-        pull, plans = planned
-        if plans != pull.plans:
-            return
-        for link, _ in pull.route.loads:
-            self._active[link].remove(pull)
-            self._count[link] -= 1
-        self._share(pull.route, now)
-        pull.done(now)
+        self._events.at(max(now, end), _End(self, pull))

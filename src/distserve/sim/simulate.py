@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs
@@ -16,7 +17,7 @@ from distserve.metrics import SLO, Record, Report, Targets, default_warmup, repo
 from distserve.plan import Plan
 from distserve.sched.policy import AdmissionPolicy
 from distserve.sim.instance import Trace, Usage
-from distserve.sim.life import NEVER, Life
+from distserve.sim.life import NEVER, Life, lives_of
 from distserve.sim.world import World
 from distserve.workload import Workload
 
@@ -34,15 +35,19 @@ class Split:
     decode: float  # until its last token
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Imagination:
     """A simulated run."""
 
-    records: tuple[Record, ...]  # in order of arrival
-    lives: tuple[Life, ...]
+    lives: tuple[Life, ...]  # in order of arrival
     end: float  # seconds; when the last request was over
     usage: dict[str, Usage]  # by instance
     notes: tuple[str, ...]  # what a reader should know, a sentence each
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """In order of arrival."""
+        return tuple([life.record() for life in self.lives])
 
     def split(self, warmup: float = 0.0) -> Split:
         """Of completed requests after the warm-up."""
@@ -80,13 +85,9 @@ def imagine(
     if not workload.timed:
         raise WorkloadError(f"{workload.name} has no arrival times: draw them with a rate")
     world = World(plan, costs, cluster=cluster, admission=admission, trace=trace)
-    lives = [
-        Life(i, request.arrival, request.prompt_tokens, request.output_tokens, request.app)
-        for i, request in enumerate(workload)
-    ]
+    lives = lives_of(workload)
     end = world.run(lives, stop)
     return Imagination(
-        records=tuple(life.record() for life in lives),
         lives=tuple(lives),
         end=end,
         usage={instance.name: instance.usage for instance in world.instances},

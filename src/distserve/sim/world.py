@@ -3,13 +3,12 @@ instance a request goes to is the router's choice, in both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs, Engine
 from distserve.costs.memory import kv_token_bytes
-from distserve.costs.network import Links, Route
+from distserve.costs.network import Links
 from distserve.costs.seats import devices_spanned, seat
 from distserve.errors import RequestError
 from distserve.plan import Plan, Replica, Role
@@ -17,23 +16,57 @@ from distserve.sched.blocks import BlockCount
 from distserve.sched.policy import AdmissionPolicy, ColocatedPolicy, DecodePolicy, PrefillPolicy
 from distserve.sched.roles import Policies, scheduler_for
 from distserve.sched.router import Candidate, Router
-from distserve.sim.events import Events
-from distserve.sim.instance import Instance, Trace
+from distserve.sim.events import Event, Events
+from distserve.sim.instance import Instance, Surroundings, Trace
 from distserve.sim.life import NEVER, Imagined, Life
-from distserve.sim.pulls import Pulls
+from distserve.sim.pulls import Pull, Pulls, Way
 
 WHOLE = 1 << 20  # tokens; as many as a sequence may have
 
 
-@dataclass(slots=True)
 class _Member:
     """An instance and what the world remembers of it."""
 
-    instance: Instance
-    tokens_per_second: float
+    __slots__ = ("candidate", "instance", "tokens_per_second", "ways")
+
+    def __init__(self, instance: Instance, tokens_per_second: float) -> None:
+        self.instance = instance
+        self.tokens_per_second = tokens_per_second
+        self.candidate = Candidate(instance.name, instance.load(0.0), tokens_per_second)
+        self.ways: dict[str, Way] = {}  # by the name of the instance that pulls
 
 
-class World:
+class _Pulled(Event):
+    """The KV of a sequence has arrived, after a time that nothing else could change."""
+
+    __slots__ = ("instance", "sequence", "world")
+
+    def __init__(self, world: World, instance: Instance, sequence: Imagined) -> None:
+        super().__init__()
+        self.world = world
+        self.instance = instance
+        self.sequence = sequence
+
+    def happen(self, now: float) -> None:
+        self.world.pulled(self.instance, self.sequence, now)
+
+
+class _SharedPull(Pull):
+    """The same over links that others use, too."""
+
+    __slots__ = ("instance", "sequence", "world")
+
+    def __init__(self, world: World, instance: Instance, sequence: Imagined, way: Way, size: float) -> None:
+        super().__init__(way, size)
+        self.world = world
+        self.instance = instance
+        self.sequence = sequence
+
+    def done(self, now: float) -> None:
+        self.world.pulled(self.instance, self.sequence, now)
+
+
+class World(Surroundings):
     """All instances of a plan. `run` lives a workload in it, once."""
 
     def __init__(
@@ -51,19 +84,20 @@ class World:
         self._router = Router(admission)
         self._first: dict[str, _Member] = {}  # prefill and colocated
         self._decode: dict[str, _Member] = {}
-        self._sources: dict[int, Instance] = {}  # sequence id: where its KV is held
+        self._sources: list[_Member | None] = []  # by sequence id: where its KV is held
         self._num_live = 0
         self._live_tokens = 0  # of prompts and answers
         self._mean_seconds = 1.0
         self._stop: Callable[[Life], bool] | None = None
-        self._stopped = False
         self._token_bytes = kv_token_bytes(costs.spec, dtype=costs.dtype)
         cluster = cluster or costs.assumed_cluster(devices_spanned(plan))
         seating = seat(plan, cluster)
         self._links = Links(cluster)
         self._pulls = Pulls(self._links, self.events)
         self._seats = seating.seats
-        self._routes: dict[tuple[str, str], Route] = {}
+        self._pull_bandwidth: float = self._engine.pull_bandwidth or 0.0
+        self._pull_seconds: float = self._engine.pull
+        self._pulls_stall: bool = self._engine.pulls_stall
         pulls = any(spec.role is Role.DECODE for spec in plan.instances) and not self._engine.pull_bandwidth
         self._notes = list(seating.notes) if pulls else []
         num_decode = sum(spec.count for spec in plan.instances if spec.role is Role.DECODE)
@@ -74,28 +108,28 @@ class World:
             member.instance.trace = trace
             (self._decode if replica.role is Role.DECODE else self._first)[replica.name] = member
         # Where there is no choice, nobody need be asked: it would cost more than the rest of a request's simulation.
-        self._only_first = next(iter(self._first)) if len(self._first) == 1 else None
-        self._only_decode = next(iter(self._decode)) if len(self._decode) == 1 else None
-        policy, slowest = self._router.policy, min(member.tokens_per_second for member in self._first.values())
+        self._only_first = next(iter(self._first.values())) if len(self._first) == 1 else None
+        self._only_decode = next(iter(self._decode.values())) if len(self._decode) == 1 else None
+        policy, slowest = self._router.policy, min([member.tokens_per_second for member in self._first.values()])
         self._surely_admitted = min(policy.max_queued_tokens, policy.max_wait * slowest)
 
     @property
     def instances(self) -> list[Instance]:
         return [member.instance for member in (*self._first.values(), *self._decode.values())]
 
-    def run(self, lives: Sequence[Life], stop: Callable[[Life], bool] | None = None) -> float:
+    def run(self, lives: list[Life], stop: Callable[[Life], bool] | None = None) -> float:
         """Lives all of them; returns when the last was over. `stop`, asked as each ends, ends the world early."""
-        events, delay = self.events, self._engine.request
+        events, delay = self.events, float(self._engine.request)
         self._stop = stop
-        stopped = None if stop is None else lambda: self._stopped
-        now = 0.0
+        self._sources = [None] * len(lives)
         for life in lives:
             time = life.arrival + delay
-            now = events.run(time, stopped) or now
-            if self._stopped:
-                return now
+            events.run(time)
+            if events.stopped:
+                return events.now
             self._arrive(life, time)
-        return events.run(NEVER, stopped) or now
+        events.run(NEVER)
+        return events.now
 
     def notes(self) -> tuple[str, ...]:
         """What a reader of the result should know."""
@@ -112,10 +146,13 @@ class World:
         if not self._admits(tokens, now):
             life.status = "refused"
             return
-        name = self._only_first or self._router.pick_prefill(tokens, self._candidates(self._first, now))
-        assert name is not None, "a plan has somebody who reads prompts"
+        member = self._only_first
+        if member is None:
+            name = self._router.pick_prefill(tokens, self._candidates(self._first, now))
+            assert name is not None, "a plan has somebody who reads prompts"
+            member = self._first[name]
         try:
-            self._first[name].instance.add(Imagined(life, tokens), now)
+            member.instance.add(Imagined(life, tokens), now)
         except RequestError:
             life.status = "refused"
             return
@@ -137,38 +174,44 @@ class World:
 
     def held(self, instance: Instance, sequence: Imagined, now: float) -> None:
         """A prompt is computed, and its first token is out; its KV waits for a puller."""
-        name = self._only_decode or self._router.pick_decode(sequence.num_tokens, self._candidates(self._decode, now))
-        assert name is not None, "a plan with prefill instances has decode instances"
-        self._sources[sequence.id] = instance
-        follower = Imagined(sequence.life, sequence.num_tokens, num_kv_tokens=sequence.num_computed)
+        member = self._only_decode
+        if member is None:
+            name = self._router.pick_decode(sequence.num_tokens, self._candidates(self._decode, now))
+            assert name is not None, "a plan with prefill instances has decode instances"
+            member = self._decode[name]
+        self._sources[sequence.id] = self._only_first or self._first[instance.name]
+        follower = Imagined(sequence.life, sequence.num_tokens, sequence.num_computed)
         try:
-            self._decode[name].instance.add(follower, now)
+            member.instance.add(follower, now)
         except RequestError:
             sequence.life.status = "refused"
             self._over(sequence.life)
             self._release(sequence.id, now)
 
     def start_pull(self, instance: Instance, sequence: Imagined, now: float) -> float:
-        engine = self._engine
         size = sequence.num_kv_tokens * self._token_bytes
-        if engine.pull_bandwidth:
-            seconds = engine.pull + size / engine.pull_bandwidth
-            self.events.at(now + seconds, self._pulled, (instance, sequence))
+        if self._pull_bandwidth:
+            seconds = self._pull_seconds + size / self._pull_bandwidth
+            self.events.at(now + seconds, _Pulled(self, instance, sequence))
             return seconds
-        route = self._route(self._sources[sequence.id].name, instance.name)
-        self._pulls.start(route, size, now + engine.pull, lambda when: self._pulled(when, (instance, sequence)))
-        return engine.pull + self._links.seconds(route, size)
+        source = self._sources[sequence.id]
+        assert source is not None, "what is pulled is held somewhere"
+        way = source.ways.get(instance.name)
+        if way is None:
+            way = source.ways[instance.name] = self._way(source.instance.name, instance.name)
+        self._pulls.start(_SharedPull(self, instance, sequence, way, size), now + self._pull_seconds)
+        return self._pull_seconds + self._links.seconds(way.route, size) if self._pulls_stall else 0.0
 
-    def _pulled(self, now: float, pull: tuple[Instance, Imagined]) -> None:
-        instance, sequence = pull
+    def pulled(self, instance: Instance, sequence: Imagined, now: float) -> None:
         sequence.life.pulled = now
         instance.pull_ended(sequence, now)
         self._release(sequence.id, now)
 
     def _release(self, sequence_id: int, now: float) -> None:
-        source = self._sources.pop(sequence_id)
-        source.scheduler.release(sequence_id, now)  # type: ignore[attr-defined]  # only prefill holds
-        source.look(now)
+        source = self._sources[sequence_id]
+        assert source is not None, "what is released is held somewhere"
+        self._sources[sequence_id] = None
+        source.instance.release(sequence_id, now)
 
     def finished(self, sequence: Imagined, now: float) -> None:
         life = sequence.life
@@ -176,7 +219,7 @@ class World:
         self._over(life)
         self._mean_seconds += 0.1 * (now - life.arrival - self._mean_seconds)
         if self._stop is not None and self._stop(life):
-            self._stopped = True
+            self.events.stopped = True
 
     def _over(self, life: Life) -> None:
         self._num_live -= 1
@@ -185,16 +228,16 @@ class World:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _candidates(self, members: dict[str, _Member], now: float) -> list[Candidate]:
-        return [
-            Candidate(name, member.instance.load(now), member.tokens_per_second) for name, member in members.items()
-        ]
+        found: list[Candidate] = []
+        for name, member in members.items():
+            load = member.instance.load(now)
+            if load is not member.candidate.load:
+                member.candidate = Candidate(name, load, member.tokens_per_second)
+            found.append(member.candidate)
+        return found
 
-    def _route(self, source: str, target: str) -> Route:
-        route = self._routes.get((source, target))
-        if route is None:
-            route = self._links.route(self._costs.spec, self._seats[source], self._seats[target])
-            self._routes[source, target] = route
-        return route
+    def _way(self, source: str, target: str) -> Way:
+        return self._pulls.way(self._links.route(self._costs.spec, self._seats[source], self._seats[target]))
 
     def _member(self, replica: Replica, choice: bool) -> _Member:
         spec, engine = replica.spec, self._engine
