@@ -39,6 +39,8 @@ NOUNS = {
     "knee",
     "line",
     "outputs",
+    "plots",
+    "steady",
     "tables",
     "toml_file",
 }

@@ -82,6 +82,9 @@ class StandIn:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if body.get("stream") is False:  # a probe: what bench asks before the load
+            usage = {"prompt_tokens": tokens_of(body), "completion_tokens": body["max_tokens"]}
+            return web.json_response({"usage": usage} if self.behaviour.usage else {"choices": []})
         with self._changed:
             self.bodies.append(body)
             self._changed.notify_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ clock = time.perf_counter  # of every time stamp in this folder
 
 # The statuses of failed requests, as reports and CSV files show them, beside those of `metrics`.
 REJECTED = "rejected"  # any other 4xx: the server finds the request wrong
+CLIENT_LIMIT = "client_limit"  # this machine gave the client no connection: no fault of the server
+UNFINISHED = "unfinished"  # in flight when the run was stopped, and its TTFT target already missed
 UNREACHABLE = "unreachable"  # no connection
 DISCONNECTED = "disconnected"  # the connection broke, or the stream ended before the answer did
 TIMEOUT = "timeout"
 BAD_STREAM = "bad_stream"  # something else than a stream of events
+_OWN_LIMITS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass(slots=True)
@@ -64,10 +68,11 @@ class Client:
         assert self._session is not None, "use `async with Client(...)`"
         return self._session
 
-    async def send(self, path: str, body: bytes, asked: Arrival, due: float) -> Result:
-        """Never raises for what the server or the network does: that is the result. `due` is on `clock`."""
+    async def send(self, path: str, body: bytes, asked: Arrival, due: float, answer: Answer | None = None) -> Result:
+        """Never raises for what the server or the network does: that is the result. `due` is on `clock`; `answer` is
+        filled on the way, for who wants to look at it."""
         sent = clock()
-        answer = Answer()
+        answer = answer if answer is not None else Answer()
         status, message = metrics.OK, ""
         try:
             async with asyncio.timeout(self._timeout), self.session.post(self.url + path, data=body) as response:
@@ -81,7 +86,8 @@ class Client:
         except TimeoutError:
             status, message = TIMEOUT, f"no complete answer within {self._timeout:g} s"
         except aiohttp.ClientConnectorError as error:
-            status, message = UNREACHABLE, reason(error)
+            ours = error.os_error.errno in _OWN_LIMITS
+            status, message = CLIENT_LIMIT if ours else UNREACHABLE, reason(error)
         except (aiohttp.ClientError, ConnectionError) as error:
             status, message = DISCONNECTED, reason(error)
         except BadStreamError as error:

@@ -33,6 +33,14 @@ def bench(
         str | None,
         typer.Option(metavar="A,B,C", help="One run after the other at each of these rates, and the goodput."),
     ] = None,
+    find_goodput: Annotated[
+        bool,
+        typer.Option(
+            "--find-goodput",
+            help="Search for the highest rate at which the goal is met in steady state (--slo, --goal); --rate is "
+            "where to begin, else 1.",
+        ),
+    ] = False,
     cv: Annotated[
         float,
         typer.Option(
@@ -63,7 +71,8 @@ def bench(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Exit with status 1 when fewer than this share of the requests meet the targets, as in 0.9.",
+            help="Exit with status 1 when fewer than this share of the requests meet the targets, as in 0.9; also the "
+            "goal of a goodput, which is 0.9 unless given.",
         ),
     ] = None,
     warmup: Annotated[
@@ -84,10 +93,13 @@ def bench(
         str,
         typer.Option(
             metavar="auto|ids|text",
-            help="Send token ids (exact lengths; completions only) or text (exact where the server has /tokenize, else "
-            "about a token a word).",
+            help="Send token ids (exact lengths; completions only) or text (exact where the server can count it).",
         ),
     ] = "auto",
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Cut prompts out of this text.  [default: random tokens]"),
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(metavar="KEY", envvar="DISTSERVE_API_KEY", help="The server's key.")
     ] = None,
@@ -114,8 +126,13 @@ def bench(
     json_out: Annotated[
         str | None, typer.Option("--json", metavar="FILE|-", help="Write the report as JSON; - is stdout.")
     ] = None,
-    requests_out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a CSV row for each request (one rate only).")
+    requests_out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV row for each request.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw TTFT, TPOT, requests in flight and, of several rates, attainment: .png or .svg (extra: plots).",
+        ),
     ] = None,
 ) -> None:
     """Measure an OpenAI server under load: TTFT, TPOT, attainment.
@@ -128,6 +145,7 @@ def bench(
     Examples:
       distserve bench --workload humaneval --rate 2 --slo ttft=0.5,tpot=0.1
       distserve bench --rates 1,2,4,8 --slo ttft=250ms,tpot=100ms --goal 0.9 --json sweep.json
+      distserve bench --find-goodput -w humaneval --slo ttft=250ms,tpot=100ms --plot goodput.svg
       distserve bench --workload trace.jsonl --url http://server:8000 --requests-out requests.csv
       distserve bench --rate 4 --fixed --scale 0.25 -n 500 --json -
     """
@@ -136,6 +154,7 @@ def bench(
         workload=workload,
         rates=parse_numbers("--rates", rates) if rates is not None else (rate,) if rate is not None else (),
         both_rates=rate is not None and rates is not None,
+        find_goodput=find_goodput,
         cv=0.0 if fixed else cv,
         requests=requests,
         seed=seed,
@@ -145,6 +164,7 @@ def bench(
         model=model,
         endpoint=endpoint,
         prompts=prompts,
+        text=text,
         api_key=api_key,
         ignore_eos=ignore_eos,
         scale=parse_numbers("--scale", scale) if scale is not None else (),
@@ -153,6 +173,7 @@ def bench(
         devices=devices,
         json_out=json_out,
         requests_out=requests_out,
+        plot=plot,
     )
     from distserve.bench.run import run
 

@@ -22,6 +22,7 @@ class BenchOptions:
     workload: str = "sharegpt"
     rates: tuple[float, ...] = ()  # requests a second, a run each; (): replay the file
     both_rates: bool = False  # --rate and --rates were both given
+    find_goodput: bool = False  # search for the highest rate that attains the goal; `rates` is where to begin
     cv: float = 1.0  # of the gaps; 1: Poisson, 0: fixed
     requests: int | None = None  # of each run; None: a minute's worth, or the whole file
     seed: int = 0
@@ -31,6 +32,7 @@ class BenchOptions:
     model: str | None = None
     endpoint: str = "completions"
     prompts: str = "auto"
+    text: Path | None = None  # what prompts are cut from; None: they are random
     api_key: str | None = None
     ignore_eos: bool = True
     scale: tuple[float, ...] = ()  # factors of prompt and answer lengths
@@ -39,6 +41,7 @@ class BenchOptions:
     devices: int | None = None
     json_out: str | None = None
     requests_out: Path | None = None
+    plot: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", _server(self.url))
@@ -65,8 +68,10 @@ class BenchOptions:
             raise UsageError(f"--timeout {self.timeout:g} must be above 0 seconds")
         if len(self.scale) > 2:
             raise UsageError("--scale takes one factor, or two: prompts,answers")
-        if self.requests_out is not None and len(self.rates) > 1:
-            raise UsageError("--requests-out holds the requests of one run: give one --rate with it")
+        if self.find_goodput and len(self.rates) > 1:
+            raise UsageError("--rates and --find-goodput are both given: the search chooses its rates; keep one")
+        if self.find_goodput and self.slo == SLO():
+            raise UsageError("--find-goodput needs targets: give --slo ttft=..,tpot=.. (seconds)")
 
     @property
     def targets(self) -> SLO:
