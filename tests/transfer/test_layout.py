@@ -8,35 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from tests.transfer.support import cut, whole_kv
 
 from distserve.errors import PlanError
 from distserve.sharding import Sharding, heads_fit
 from distserve.specs import KVLayout
+from distserve.transfer.copying import Bytes
 from distserve.transfer.layout import InstanceLayout, Range, reads
-
-Bytes = NDArray[np.uint8]  # [num_blocks, block_bytes]
 
 DEGREES = range(1, 5)
 PAIRS = list(product(DEGREES, DEGREES))
 # layers, KV heads: every tp up to 4 fits some of them, 5 and 7 layers make stages uneven, 1 and 2 heads are replicated
 SHAPES = [(5, 1), (7, 2), (4, 3), (6, 4), (5, 12)]
-
-
-def whole_kv(model: KVLayout, num_blocks: int) -> NDArray[np.uint8]:
-    """[block, layer, k|v, head, token, byte of the head]: random, so that bytes in a wrong place do not match."""
-    shape = (num_blocks, model.num_layers, 2, model.num_kv_heads, model.block_size, model.head_dim * model.itemsize)
-    return np.random.default_rng(7).integers(0, 256, shape, np.uint8)
-
-
-def cut(whole: NDArray[np.uint8], layout: InstanceLayout) -> list[Bytes]:
-    """Each rank's memory, cut by numpy from the whole."""
-    found = []
-    for rank in range(layout.sharding.num_ranks):
-        layers, heads = layout.sharding.layers(rank), layout.sharding.heads(rank)
-        part = whole[:, layers.start : layers.stop, :, heads.start : heads.stop]
-        found.append(np.ascontiguousarray(part).reshape(len(whole), layout.of_rank(rank).block_bytes))
-    return found
 
 
 def move(source: InstanceLayout, target: InstanceLayout, memory: list[Bytes]) -> list[Bytes]:

@@ -1,4 +1,4 @@
-"""Pulls through shared memory: the right bytes, and no broken promise unnoticed."""
+"""Pulls through shared memory: the contract, and the memory itself."""
 
 from __future__ import annotations
 
@@ -6,126 +6,86 @@ import gc
 import os
 import random
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.transfer.contract import NUM_BLOCKS, Medium, SourceEnd, TargetEnd, TransportContract, of
 
 from distserve.errors import PullError
-from distserve.specs import KVLayout
-from distserve.transfer import shm
-from distserve.transfer.base import KVHandle, KVSource
+from distserve.transfer import copying, shm
+from distserve.transfer.base import KVSource
+from distserve.transfer.blocks import RankBlocks
 from distserve.transfer.layout import InstanceLayout
 from distserve.transfer.memory import SharedMemory, attach
 from distserve.transfer.shm import ShmSource, ShmTransport
 
-LAYOUT = KVLayout(num_layers=2, num_kv_heads=3, head_dim=8, block_size=16, dtype="bfloat16")
-WHOLE = InstanceLayout.of(LAYOUT)
-NUM_BLOCKS = 12
+
+class ShmMedium(Medium):
+    def __init__(self) -> None:
+        self._sources: list[ShmSource] = []
+        self._transports: list[ShmTransport] = []
+        self._memories: list[SharedMemory] = []
+
+    def source(self, layout: InstanceLayout, num_blocks: int, instance: str = "prefill-0", epoch: int = 1) -> SourceEnd:
+        memories, ranks = self._allocate(layout, num_blocks)
+        source = ShmSource(memories, num_blocks, layout)
+        self._sources.append(source)
+        return SourceEnd(source, KVSource(instance, epoch, layout, source.location, notices=""), ranks)
+
+    def target(self, layout: InstanceLayout, num_blocks: int) -> TargetEnd:
+        memories, ranks = self._allocate(layout, num_blocks)
+        transport = ShmTransport(memories, num_blocks, layout)
+        self._transports.append(transport)
+        self._memories += memories
+        return TargetEnd(transport, layout, ranks)
+
+    def _allocate(self, layout: InstanceLayout, num_blocks: int) -> tuple[list[SharedMemory], list[copying.Bytes]]:
+        sizes = [layout.of_rank(rank).block_bytes for rank in range(layout.sharding.num_ranks)]
+        memories = [SharedMemory(num_blocks * size) for size in sizes]
+        return memories, RankBlocks([memory.buffer for memory in memories], num_blocks, layout).ranks
+
+    def close(self) -> None:
+        for transport in self._transports:
+            transport.close()
+        for source in self._sources:
+            source.close()
+        for memory in self._memories:
+            memory.close()
+
+
+class TestInTheLoop(TransportContract):
+    medium_class = ShmMedium
+
+
+class TestInThreads(TransportContract):
+    """As large pulls are made."""
+
+    medium_class = ShmMedium
+
+    @pytest.fixture(autouse=True)
+    def all_are_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shm, "AT_ONCE", 0)
 
 
 @pytest.fixture
 def memory() -> Iterator[SharedMemory]:
-    memory = SharedMemory(NUM_BLOCKS * LAYOUT.block_bytes)
+    memory = SharedMemory(10_000)
     memory.buffer[:] = random.Random(1).randbytes(memory.size)
     yield memory
     memory.close()
 
 
-@pytest.fixture
-def source(memory: SharedMemory) -> Iterator[ShmSource]:
-    source = ShmSource([memory], NUM_BLOCKS, WHOLE)
-    yield source
-    source.close()
-
-
-@pytest.fixture
-def target() -> Iterator[SharedMemory]:
-    memory = SharedMemory(NUM_BLOCKS * LAYOUT.block_bytes)
-    yield memory
-    memory.close()
-
-
-@pytest.fixture
-async def transport(target: SharedMemory) -> AsyncIterator[ShmTransport]:
-    transport = ShmTransport([target], NUM_BLOCKS, WHOLE)
-    yield transport
-    transport.close()
-
-
-def handle(source: ShmSource, blocks: list[int], *, layout: KVLayout = LAYOUT, epoch: int = 1) -> KVHandle:
-    where = KVSource("prefill-0", epoch, InstanceLayout.of(layout), source.location, notices="")
-    generations, digest = source.publish(blocks)
-    return KVHandle(where, 7, 1, len(blocks) * LAYOUT.block_size, tuple(blocks), generations, digest)
-
-
-def block(memory: SharedMemory, index: int) -> bytes:
-    return bytes(memory.buffer[index * LAYOUT.block_bytes : (index + 1) * LAYOUT.block_bytes])
-
-
-async def test_a_pull_copies_each_block_to_its_place_and_touches_no_other(
-    memory: SharedMemory, source: ShmSource, target: SharedMemory, transport: ShmTransport
-) -> None:
-    assert await transport.pull(handle(source, [3, 0, 11]), [5, 6, 1, 2]) == 3 * LAYOUT.block_bytes
-    assert [block(target, i) for i in (5, 6, 1)] == [block(memory, i) for i in (3, 0, 11)]
-    assert not any(any(block(target, i)) for i in range(NUM_BLOCKS) if i not in (5, 6, 1))
-
-
-async def test_a_block_that_was_reused_is_noticed(
-    memory: SharedMemory, source: ShmSource, transport: ShmTransport
-) -> None:
-    promised = handle(source, [3, 4])
-    source.generations[4] += 1
+async def test_memory_that_is_gone_is_an_error() -> None:
+    medium = ShmMedium()
+    source, target = medium.source(of((4, 2), 2, 1), NUM_BLOCKS), medium.target(of((4, 2), 1, 1), NUM_BLOCKS)
+    *paths, _ = source.where.location.split(";")
+    location = ";".join([*paths, f"/proc/{os.getpid()}/fd/99999"])
     with pytest.raises(PullError) as caught:
-        await transport.pull(promised, [0, 1])
-    assert caught.value.reason == "generation"
-
-
-async def test_a_damaged_block_is_noticed(memory: SharedMemory, source: ShmSource, transport: ShmTransport) -> None:
-    promised = handle(source, [3, 4])
-    memory.buffer[4 * LAYOUT.block_bytes + 77] ^= 1
-    with pytest.raises(PullError) as caught:
-        await transport.pull(promised, [0, 1])
-    assert caught.value.reason == "digest"
-
-
-async def test_blocks_in_another_order_are_noticed(source: ShmSource, transport: ShmTransport) -> None:
-    promised = handle(source, [3, 4])
-    with pytest.raises(PullError) as caught:
-        await transport.pull(replace(promised, blocks=(4, 3)), [0, 1])
-    assert caught.value.reason == "digest"
-
-
-async def test_a_block_that_the_source_does_not_have_is_not_read(source: ShmSource, transport: ShmTransport) -> None:
-    for wrong in (NUM_BLOCKS, -1):
-        with pytest.raises(PullError, match="does not have") as caught:
-            await transport.pull(replace(handle(source, [3]), blocks=(wrong,)), [0])
-        assert caught.value.reason == "stale"
-
-
-async def test_an_epoch_that_is_over_is_not_read(source: ShmSource, transport: ShmTransport) -> None:
-    promised = handle(source, [3], epoch=5)
-    await transport.connect(promised.source)
-    transport.disconnect("prefill-0", 5)
-    with pytest.raises(PullError) as caught:
-        await transport.pull(promised, [0])
+        await target.transport.connect(replace(source.where, location=location))
     assert caught.value.reason == "gone"
-
-
-async def test_memory_that_is_gone_is_an_error(source: ShmSource, transport: ShmTransport) -> None:
-    promised = handle(source, [3])
-    location = f"shm:{NUM_BLOCKS};/proc/{os.getpid()}/fd/99999;/proc/{os.getpid()}/fd/99998"
-    with pytest.raises(PullError) as caught:
-        await transport.connect(replace(promised.source, location=location))
-    assert caught.value.reason == "gone"
-
-
-async def test_another_layout_or_too_little_room_is_refused(source: ShmSource, transport: ShmTransport) -> None:
-    with pytest.raises(PullError, match="block_size 32 and 16"):
-        await transport.pull(handle(source, [3], layout=replace(LAYOUT, block_size=32)), [0])
-    with pytest.raises(PullError, match="room for 1"):
-        await transport.pull(handle(source, [3, 4]), [0])
+    medium.close()
 
 
 def test_attached_memory_cannot_be_written(memory: SharedMemory) -> None:
@@ -179,25 +139,3 @@ def test_large_memory_is_unmapped_with_its_last_view() -> None:
     del part
     gc.collect()
     assert mappings() == before
-
-
-@pytest.mark.parametrize("limit", [0, 1 << 30])
-async def test_small_and_large_pulls_keep_the_same_promises(
-    memory: SharedMemory,
-    source: ShmSource,
-    target: SharedMemory,
-    transport: ShmTransport,
-    limit: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(shm, "AT_ONCE", limit)
-    promised = handle(source, [3, 4])
-    await transport.pull(promised, [0, 1])
-    assert [block(target, i) for i in (0, 1)] == [block(memory, i) for i in (3, 4)]
-    memory.buffer[4 * LAYOUT.block_bytes + 77] ^= 1
-    with pytest.raises(PullError) as damaged:
-        await transport.pull(promised, [0, 1])
-    source.generations[3] += 1
-    with pytest.raises(PullError) as reused:
-        await transport.pull(promised, [0, 1])
-    assert (damaged.value.reason, reused.value.reason) == ("digest", "generation")
