@@ -38,7 +38,6 @@ MODULES: Final = (
     "sched.decode",
     "sched.lockstep",
     "sched.order",
-    "sched.policy",
     "sched.prefill",
     "sched.roles",
     "sched.router",
@@ -61,6 +60,7 @@ TYPES: Final = (
     "knee",
     "metrics",
     "plan",
+    "sched.policy",  # its Literal types are read by the decoder of an instance's configuration
     "sharding",
     "specs",
     "toml_file",
