@@ -48,7 +48,7 @@ NOUNS = {
 # room: (rooms and modules it may import beside itself and the nouns it may use, those nouns)
 ROOMS: Final = {
     "sched": (set(), {"request", "errors"}),
-    "costs": ({"sched.base"}, {"specs", "sharding", "errors", "catalogue", "cluster", "knee", "plan"}),
+    "costs": ({"sched.base"}, {"specs", "sharding", "errors", "catalogue", "cluster", "knee", "machine", "plan"}),
     "sim": ({"sched", "costs"}, NOUNS),
     "planner": ({"sim", "costs"}, NOUNS),
     "engine": ({"sched.base"}, NOUNS),

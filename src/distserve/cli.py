@@ -15,6 +15,7 @@ import typer
 from distserve.bench.command import bench
 from distserve.errors import DistserveError, UsageError
 from distserve.planner.command import plan
+from distserve.profiler.command import profile
 from distserve.serve.command import serve
 from distserve.sim.command import simulate
 
@@ -29,6 +30,7 @@ app.command()(serve)
 app.command()(bench)
 app.command()(simulate)
 app.command()(plan)
+app.command()(profile)
 
 
 @app.callback(invoke_without_command=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from functools import cache
+from pathlib import Path
 
 from distserve.errors import UsageError
 
@@ -62,3 +64,49 @@ def gpu_memory(index: int) -> int:
     if driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device):
         raise UsageError(f"the CUDA driver does not tell the memory of device {index}: give --kv-memory in bytes")
     return size.value
+
+
+def device_name(device: str) -> str:
+    """What a cluster or a costs file calls a device of this machine: "cpu", or the GPU's name in the catalogue's manner
+    ("h200" of "NVIDIA H200", "a100-sxm4-80gb")."""
+    if device == "cpu":
+        return "cpu"
+    words = [word for word in gpu_name(0).lower().split() if word not in ("nvidia", "tesla", "geforce")]
+    return "-".join(words) or "cuda"
+
+
+def gpu_name(index: int) -> str:
+    """As the driver calls it."""
+    assert index < gpus(), f"no CUDA device {index}"
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, name = ctypes.c_int(0), ctypes.create_string_buffer(256)
+    if driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceGetName(name, len(name), device):
+        return ""
+    return name.value.decode(errors="replace")
+
+
+def fingerprint(device: str) -> str:
+    """By which costs know whether they were measured on a machine like this: what computes, and how much of it."""
+    if device != "cpu":
+        return f"{gpus()}x {gpu_name(0)}, {gpu_memory(0) / 2**30:.0f} GiB"
+    return f"{processor()}, {os.cpu_count()} cores, {memory() / 2**30:.0f} GiB"
+
+
+# What decides how fast a core multiplies, beside its name: virtual machines often hide the latter.
+_TELLING = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
+
+
+@cache
+def processor() -> str:
+    """The processor's name and what it can do."""
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    able = set((found.get("flags") or found.get("Features") or "").split())
+    name = found.get("model name") or platform.machine()
+    numbers = ".".join(found[key] for key in ("cpu family", "model", "stepping") if key in found)
+    return f"{name} ({' '.join(filter(None, (numbers, *(flag for flag in _TELLING if flag in able))))})"

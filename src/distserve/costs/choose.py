@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distserve import machine
 from distserve.catalogue import model_spec
 from distserve.costs.base import Costs
 from distserve.costs.devices import device as device_of
 from distserve.costs.estimate import EstimatedCosts
 from distserve.costs.profile import Profile
 
+HERE = ("cpu",)  # devices without a maker's name: whoever speaks of one means this machine's
 DEFAULTS = ("a100-80g",)  # shipped costs that are taken unasked where they know the model on the device
 
 
@@ -19,12 +21,15 @@ def choose_costs(model: str, device: str, costs: str | Path | None = None) -> Co
     another device, or either is unknown."""
     if costs is not None:
         profile = Profile.load(costs)
-        return profile.costs(model, spec=model_spec(model), device=device)
-    found = device_of(device)
+        found = profile.costs(model, spec=model_spec(model), device=device)
+        if device in HERE:
+            found.elsewhere = tuple(filter(None, [profile.elsewhere(machine.fingerprint(device))]))
+        return found
+    kind = device_of(device)
     spec = model_spec(model)
     for name in DEFAULTS:
         profile = Profile.load(name)
         known = {entry.lower() for entry in profile.models}
-        if profile.device == found.name and model.lower() in known:
+        if profile.device == kind.name and model.lower() in known:
             return profile.costs(model, spec=spec)
-    return EstimatedCosts(spec, found)
+    return EstimatedCosts(spec, kind)

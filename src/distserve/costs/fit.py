@@ -51,6 +51,16 @@ class DecodePoint(NamedTuple):
     seconds: float
 
 
+class MixedPoint(NamedTuple):
+    """A measured step of a piece of a prompt beside sequences that decode."""
+
+    computed: int  # tokens of the prompt before the piece
+    new: int
+    batch: int
+    context: int  # of those that decode, summed
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class Error:
     """Of predictions, relative to what was measured."""
@@ -131,6 +141,12 @@ def decode_error(points: Sequence[DecodePoint], lines: tuple[DecodeLine, ...]) -
     """Of the formula, without its rest."""
     formula = Coefficients((), lines)
     return _error([formula.decodes(p.batch, p.context) / p.seconds - 1 for p in points])
+
+
+def mixed_error(points: Sequence[MixedPoint], coefficients: Coefficients) -> Error:
+    """Of the formula of mixed steps, which has no numbers of its own."""
+    predicted = [coefficients.mixed(p.new, p.new * (2 * p.computed + p.new), p.batch, p.context) for p in points]
+    return _error([seconds / p.seconds - 1 for seconds, p in zip(predicted, points, strict=True)])
 
 
 def prefill_left_out(points: Sequence[PromptPoint], padded: bool = False) -> Error:

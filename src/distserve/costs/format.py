@@ -16,7 +16,7 @@ from typing import Any
 from distserve.costs import fit
 from distserve.costs.base import Engine
 from distserve.costs.checks import Wrong, keys, mapping, number, overlay, parts, rows, seconds, show, whole
-from distserve.costs.fit import DecodePoint, Error, PromptPoint
+from distserve.costs.fit import DecodePoint, Error, MixedPoint, PromptPoint
 from distserve.costs.latency import Coefficients, DecodeLine, PrefillLine
 from distserve.costs.memory import DISTSERVE, Accounting
 from distserve.errors import UsageError
@@ -26,10 +26,18 @@ FORMAT = 1
 TOLERANCE = 1e-6  # between the fit error that a file states and the one that its points have
 ACCOUNTINGS = {"own": Accounting(), "paper": DISTSERVE}
 _KEYS = ("format", "device", "dtype", "date", "source", "note", "machine", "accounting", "engine", "models")
-_ENTRY = ("prefill", "decode", "prefill_points", "decode_points", "error", "measured_to")
+_ENTRY = ("prefill", "decode", "prefill_points", "decode_points", "mixed_points", "error", "measured_to")
 _DATE = re.compile(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])")
 _DEGREE = re.compile(r"(?P<tp>[1-9]\d*)(x(?P<pp>[1-9]\d*))?")
 _MAY_BE_ZERO = ("watermark_blocks", "layer_vectors")  # of whole numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """How many times as long a step takes while a device beside it computes."""
+
+    prefill: float = 1.0  # prompts
+    decode: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,10 @@ class Machine:
     """Where it was measured. `memory` and `link_bandwidth` are needed where the catalogue does not know the device."""
 
     name: str = ""
-    fingerprint: str = ""
+    fingerprint: str = ""  # `machine.fingerprint`: costs are of no use on machines that have another
+    versions: str = ""  # of the software that computed
+    prefill_beside: Neighbour = Neighbour()  # steps of prompts
+    decode_beside: Neighbour = Neighbour()
     memory: int | None = None  # bytes of a device
     link_bandwidth: float | None = None  # bytes/s between two devices of a node, one direction
     network_bandwidth: float | None = None  # bytes/s between nodes
@@ -60,6 +71,7 @@ class Entry:
     measured_to: Limits | None = None  # None: nobody says
     prefill_error: Error | None = None
     decode_error: Error | None = None
+    mixed_error: Error | None = None
 
 
 Degree = tuple[int, int | None]  # (tp, pp); pp None: whatever pp, stages sharing the seconds by their layers
@@ -104,17 +116,26 @@ def _written(value: Any, indent: str) -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def fitted(prompts: Sequence[PromptPoint], decodes: Sequence[DecodePoint], *, padded: bool = False) -> dict[str, Any]:
+def fitted(
+    prompts: Sequence[PromptPoint],
+    decodes: Sequence[DecodePoint],
+    mixed: Sequence[MixedPoint] = (),
+    *,
+    padded: bool = False,
+) -> dict[str, Any]:
     """The entry of a costs file for measured points: the points, their fit and its error. Raises `UsageError` where
     there are fewer than `fit.FEWEST` of a kind."""
     found = fit.fit(prompts, decodes, padded=padded)
     errors = {"prefill": fit.prefill_left_out(prompts, padded), "decode": fit.decode_left_out(decodes)}
+    if mixed:
+        errors["mixed"] = fit.mixed_error(mixed, found)
     return {
         "prefill": [list(line) for line in found.prefill],
         "decode": [list(line) for line in found.decode],
         "error": {kind: asdict(error) for kind, error in errors.items()},
         "prefill_points": [[list(point.lengths), point.seconds] for point in prompts],
         "decode_points": [list(point) for point in decodes],
+        **({"mixed_points": [list(point) for point in mixed]} if mixed else {}),
     }
 
 
@@ -178,6 +199,7 @@ def _entry(where: str, entry: Any, padded: bool) -> Entry:
             raise Wrong(f"{where}: no {kind}, and {len(points)} {kind}_points: give {fit.FEWEST} at least to fit it to")
     prefill = tuple(_prefill_line(at, row) for at, row in rows(where, entry, "prefill"))
     decode = tuple(_decode_line(at, row) for at, row in rows(where, entry, "decode"))
+    mixed = [_mixed_point(at, row) for at, row in rows(where, entry, "mixed_points")]
     starts = [line.from_batch for line in decode]
     if decode and (starts[0] != 1 or sorted(set(starts)) != starts):
         raise Wrong(f"{where}: decode begins at batches {starts}: the first must be 1, each other above the one before")
@@ -192,6 +214,7 @@ def _entry(where: str, entry: Any, padded: bool) -> Entry:
         _limits(where, entry, prompts, decodes, padded),
         _error(where, entry, "prefill", fit.prefill_error(prompts, prefill, padded) if prompts else None),
         _error(where, entry, "decode", fit.decode_error(decodes, decode) if decodes else None),
+        _error(where, entry, "mixed", fit.mixed_error(mixed, coefficients) if mixed else None),
     )
 
 
@@ -216,7 +239,7 @@ def _limits(
 def _error(where: str, entry: Mapping[str, Any], kind: str, found: Error | None) -> Error | None:
     """What the file states, if its points bear it out."""
     stated = entry.get("error", {})
-    keys(f"{where}: error", stated, ("prefill", "decode"))
+    keys(f"{where}: error", stated, ("prefill", "decode", "mixed"))
     if kind not in stated:
         return found
     where, names = f"{where}: error: {kind}", [field.name for field in fields(Error)]
@@ -266,3 +289,14 @@ def _decode_point(where: str, row: Any) -> DecodePoint:
     if context < batch:
         raise Wrong(f"{where}: context = {context} of {batch} sequences: each has a token at least")
     return DecodePoint(batch, context, seconds(where, row[2]))
+
+
+def _mixed_point(where: str, row: Any) -> MixedPoint:
+    parts(where, row, ("computed", "new", "batch", "context", "seconds"))
+    computed, new, batch, context = (
+        whole(f"{where}: {key}", row[i], 0 if key == "computed" else 1)
+        for i, key in enumerate(("computed", "new", "batch", "context"))
+    )
+    if context < batch:
+        raise Wrong(f"{where}: context = {context} of {batch} sequences: each has a token at least")
+    return MixedPoint(computed, new, batch, context, seconds(where, row[4]))

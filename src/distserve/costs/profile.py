@@ -67,6 +67,14 @@ class Profile:
     def device(self) -> str:
         return self.contents.device
 
+    def elsewhere(self, fingerprint: str) -> str:
+        """A sentence for who means the machine of this fingerprint; empty where they are its own."""
+        theirs = self.contents.machine.fingerprint
+        if theirs == fingerprint:
+            return ""
+        where = f"measured on {theirs}" if theirs else "measured nobody says where"
+        return f"the costs {self.name} were {where}, but this machine is {fingerprint}: measure it (distserve profile)"
+
     @property
     def models(self) -> dict[str, dict[int, Coefficients]]:
         """Of one pass through all layers: by model, by tp."""
@@ -106,6 +114,7 @@ class ProfileCosts:
         self._model = model
         self._entries = contents.entries[model]
         self._used: dict[Degree, Entry] = {}  # what somebody asked for
+        self.elsewhere: tuple[str, ...] = ()  # said in notes: that they were measured on another machine than is meant
         for (tp, _), entry in self._entries.items():
             _check_growth(f"the costs {self.name} for {model} at tp = {tp}", entry.coefficients, spec)
 
@@ -130,6 +139,8 @@ class ProfileCosts:
         return assumed_cluster(self.device, num_devices)
 
     def kv_blocks(self, tp: int, pp: int, kv_memory: int | float | None = None) -> int:
+        if kv_memory is None:
+            kv_memory = self.engine.kv_memory
         found = capacity(
             self.spec, self.device.memory, tp, pp, dtype=self.dtype, kv_memory=kv_memory, accounting=self._accounting
         )
@@ -143,7 +154,7 @@ class ProfileCosts:
     def notes(self, tokens: int, batch: int, context: int) -> list[str]:
         """Of the parallelisms that a latency was asked for."""
         used = sorted(self._used.items(), key=lambda item: (item[0][0], item[0][1] or 0))
-        found = []
+        found = list(self.elsewhere)
         for key, largest, what in (
             ("prompt_tokens", tokens, "prompt tokens in a step"),
             ("batch", batch, "sequences in a decode step"),

@@ -1,0 +1,92 @@
+"""`distserve profile`: what it asks for. What it does is `run.run`, imported when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def profile(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder in Hugging Face layout, a .gguf file, a hub id, or the built-in alias "
+            "smollm2-135m-instruct: whatever `distserve serve` takes.",
+        ),
+    ] = "smollm2-135m-instruct",
+    out: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE|-", help="Write the costs file; - is stdout.")
+    ] = "costs.json",
+    tp: Annotated[int, typer.Option(metavar="N", help="Tensor parallelism of the instance that is measured.")] = 1,
+    pp: Annotated[int, typer.Option(metavar="N", help="Pipeline parallelism.")] = 1,
+    device: Annotated[
+        str,
+        typer.Option(metavar="auto|cpu|cuda", help="What computes; auto takes the GPUs where there are any."),
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|bfloat16|float16|float32",
+            help="Type of weights and KV; auto takes the checkpoint's (GGUF: bfloat16).",
+        ),
+    ] = "auto",
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|SIZE",
+            help="KV cache of each instance, as in `distserve serve`.  [default: 1GiB on a CPU; what the weights leave "
+            "of a GPU]",
+        ),
+    ] = None,
+    block_size: Annotated[int, typer.Option(metavar="16|32|64", help="Tokens in a block of KV.")] = 32,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS", help="Longest prompt and context that are timed.  [default: 2048, or the model's context]"
+        ),
+    ] = None,
+    time: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long to measure at most, loading not counted.")
+    ] = 160.0,
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live/--no-live",
+            help="Start a server and measure what a request and a token cost around the engine, or leave that out.",
+        ),
+    ] = True,
+) -> None:
+    """Measure this machine: what steps of the model cost here, for `simulate` and `plan`.
+
+    The engine itself computes prompts and decode steps of many sizes, as often as the machine is noisy; pulls between
+    two instances, steps beside a busy neighbour, and a live server around it all are measured, too. Ctrl-C keeps what
+    is there. Leave the machine alone meanwhile.
+
+    \b
+    Examples:
+      distserve profile                                      # the demo model -> costs.json
+      distserve profile ./my-model -o my-costs.json --time 300
+      distserve simulate --plan plan.toml --costs costs.json --rate 2
+      distserve plan --model smollm2-135m-instruct --cluster local --costs costs.json -w sharegpt --slo ttft=1,tpot=0.1
+    """
+    from distserve.profiler.run import Options, run
+
+    raise typer.Exit(
+        run(
+            Options(
+                model=model,
+                out=out,
+                tp=tp,
+                pp=pp,
+                device=device,
+                dtype=dtype,
+                kv_memory=kv_memory,
+                block_size=block_size,
+                longest=longest,
+                time=time,
+                live=live,
+            )
+        )
+    )
