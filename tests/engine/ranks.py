@@ -5,7 +5,7 @@ processes cost. The links that are served with are tested by themselves (`test_c
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +27,7 @@ from distserve.engine.state import RequestState
 from distserve.engine.step import StepInput
 
 BLOCK_SIZE = 16
+Queue = SimpleQueue[Tensor]
 PATIENCE = 60.0  # seconds: a rank that fails must not hang the others for ever
 
 
@@ -50,9 +51,7 @@ class ThreadLinks:
 
     summer: tuple[int, int] | None = None
 
-    def __init__(
-        self, place: Place, meeting: Meeting, before: SimpleQueue[Tensor], behind: SimpleQueue[Tensor]
-    ) -> None:
+    def __init__(self, place: Place, meeting: Meeting, before: Queue, behind: Queue) -> None:
         self.member = place.member
         self._meeting, self._before, self._behind = meeting, before, behind
 
@@ -84,23 +83,33 @@ class ThreadLinks:
 def thread_links(places: Sequence[Place]) -> list[Links]:
     sharding = places[0].sharding
     meetings = [Meeting(sharding.tp) for _ in range(sharding.pp)]
-    queues: list[SimpleQueue[Tensor]] = [SimpleQueue() for _ in range(sharding.num_ranks + sharding.tp)]
+    queues: list[Queue] = [SimpleQueue() for _ in range(sharding.num_ranks + sharding.tp)]
     links: list[Links] = []
     for place in places:
         links.append(ThreadLinks(place, meetings[place.stage], queues[place.rank], queues[place.rank + sharding.tp]))
     return links
 
 
-class Ranks:
-    """A checkpoint computed by tp * pp ranks."""
+def all_places(path: Path, tp: int, pp: int) -> list[Place]:
+    sharding = sharding_of(hub.read_spec(path), tp, pp)
+    return [Place(sharding, rank) for rank in range(tp * pp)]
 
-    def __init__(self, path: Path, tp: int, pp: int, dtype: torch.dtype = torch.float32, num_blocks: int = 40) -> None:
+
+class Ranks:
+    """Some ranks of an instance, usually all, that compute the checkpoint at `path`."""
+
+    def __init__(
+        self,
+        path: Path,
+        ranks: Iterable[tuple[Place, Links]],
+        dtype: torch.dtype = torch.float32,
+        num_blocks: int = 40,
+    ) -> None:
         self.spec = spec = hub.read_spec(path)
-        places = [Place(sharding_of(spec, tp, pp), rank) for rank in range(tp * pp)]
         self.models: list[Model] = []
         self.runners: list[Runner] = []
         self.kvs: list[KVCache] = []
-        for place, links in zip(places, thread_links(places), strict=True):
+        for place, links in ranks:
             with torch.inference_mode():
                 model = build(spec, dtype, place, links)
                 weights.load(path, model, CPU)
@@ -110,7 +119,12 @@ class Ranks:
             self.models.append(model)
             self.kvs.append(kv)
             self.runners.append(Runner(model, kv, spec.max_model_len, CPU))
-        self._threads = ThreadPoolExecutor(tp * pp)
+        self._threads = ThreadPoolExecutor(len(self.models))
+
+    @classmethod
+    def all(cls, path: Path, tp: int, pp: int, dtype: torch.dtype = torch.float32) -> Ranks:
+        places = all_places(path, tp, pp)
+        return cls(path, zip(places, thread_links(places), strict=True), dtype)
 
     def __enter__(self) -> Ranks:
         return self
@@ -130,7 +144,8 @@ class Ranks:
         return answers[0]
 
     def logits(self, ids: Sequence[int], context: int = 0) -> Tensor:
-        """[T, V] of the tokens `ids` of one sequence, which follow `context` tokens that were computed before."""
+        """[T, V] of the tokens `ids` of one sequence, which follow `context` tokens that were computed before; no rows
+        where the rank at which logits come together is not among these."""
         blocks = list(range(-(-(context + len(ids)) // BLOCK_SIZE)))
         step = StepLayout.build([len(ids)], [context + len(ids)], [blocks], BLOCK_SIZE)
         tokens = torch.tensor(ids, dtype=torch.int32)
@@ -138,10 +153,11 @@ class Ranks:
             self._threads.submit(_logits, model, tokens, step, kv)
             for model, kv in zip(self.models, self.kvs, strict=True)
         ]
-        return next(found for future in futures if (found := future.result(PATIENCE)) is not None and len(found))
+        found = [future.result(PATIENCE) for future in futures]
+        return next((logits for logits in found if len(logits)), found[0])
 
 
-def _logits(model: Model, ids: Tensor, step: StepLayout, kv: KVCache) -> Tensor | None:
+def _logits(model: Model, ids: Tensor, step: StepLayout, kv: KVCache) -> Tensor:
     with torch.inference_mode():
         if model.place.is_first:
             residual = model.embed(ids, step)
@@ -151,4 +167,4 @@ def _logits(model: Model, ids: Tensor, step: StepLayout, kv: KVCache) -> Tensor 
         if model.place.is_last:
             return model.logits(model.final(residual))
         model.links.send(residual)
-        return None
+        return residual[:0]

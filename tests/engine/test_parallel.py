@@ -62,7 +62,7 @@ def test_every_way_to_share_gives_the_logits_of_transformers(case: str, tmp_path
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt + tokens])).logits[0]
     for tp, pp in DEGREES:
-        with Ranks(tmp_path, tp, pp) as ranks:
+        with Ranks.all(tmp_path, tp, pp) as ranks:
             got = torch.cat([ranks.logits((prompt + tokens)[:100]), ranks.logits((prompt + tokens)[100:], 100)])
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         assert got[len(prompt) - 1 : -1].argmax(1).tolist() == tokens
@@ -73,7 +73,7 @@ def test_greedy_tokens_equal_those_of_transformers(case: str, degrees: tuple[int
     """Token by token, over 200 steps."""
     reference = checkpoint(tmp_path, case, **SHAPES[case])
     prompt = torch.randint(3, 128, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-    with Ranks(tmp_path, *degrees) as ranks:
+    with Ranks.all(tmp_path, *degrees) as ranks:
         assert generate(ranks, prompt, STEPS) == reference_tokens(reference, prompt, STEPS)
 
 
@@ -84,7 +84,7 @@ def test_grouped_heads(num_kv_heads: int, tp: int, tmp_path: Path) -> None:
     prompt = list(range(3, 80))
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt])).logits[0]
-    with Ranks(tmp_path, tp, 2) as ranks:
+    with Ranks.all(tmp_path, tp, 2) as ranks:
         torch.testing.assert_close(ranks.logits(prompt), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -99,7 +99,7 @@ def test_in_half_precision(case: str, dtype: torch.dtype, tmp_path: Path) -> Non
         expected = reference(torch.tensor([prompt])).logits[0]
     found = {}
     for tp, pp in [(1, 1), (1, 3), (3, 1), (2, 2)]:
-        with Ranks(tmp_path, tp, pp, dtype) as ranks:
+        with Ranks.all(tmp_path, tp, pp, dtype) as ranks:
             found[tp, pp] = ranks.logits(prompt)
     assert torch.equal(found[1, 3], found[1, 1])
     off = distance(found[1, 1], expected)
@@ -115,7 +115,7 @@ def test_a_sequence_does_not_notice_how_it_was_cut(case: str, tmp_path: Path) ->
         pytest.skip("this processor has no AMX tiles: a library multiplies, which promises no equal bits")
     checkpoint(tmp_path, case, **SHAPES[case])
     prompt = list(range(3, 103))
-    with Ranks(tmp_path, 3, 2, torch.bfloat16) as ranks:
+    with Ranks.all(tmp_path, 3, 2, torch.bfloat16) as ranks:
         whole = ranks.logits(prompt)
         parts = [ranks.logits(prompt[first:last], first) for first, last in [(0, 31), (31, 32), (32, 99), (99, 100)]]
     assert torch.equal(torch.cat(parts), whole)
@@ -127,7 +127,7 @@ def test_prompt_log_probabilities(tmp_path: Path) -> None:
     found = []
     for degrees in [(1, 1), (3, 2)]:
         request = greedy(1, list(range(3, 80)), 1, prompt_logprobs=2)
-        with Ranks(tmp_path, *degrees) as ranks:
+        with Ranks.all(tmp_path, *degrees) as ranks:
             states = {1: RequestState(request, 128, ())}
             step = plan_step(Batch(0, [(Sequence(1, 77, blocks=list(range(5))), 77)]), states)
             found.append(ranks.run(step, states).tokens[1].prompt_logprobs)
@@ -152,7 +152,7 @@ def test_degrees_that_do_not_fit_are_refused_with_those_that_do(tp: int, pp: int
 def test_every_parameter_is_held_by_somebody_and_no_more_often_than_needed(tmp_path: Path) -> None:
     """A tied table is held by the first and the last stage."""
     checkpoint(tmp_path, "biases", **SHAPES["biases"])
-    with Ranks(tmp_path, 1, 1) as one, Ranks(tmp_path, 3, 3) as nine:
+    with Ranks.all(tmp_path, 1, 1) as one, Ranks.all(tmp_path, 3, 3) as nine:
         whole, table = sum(p.numel() for p in one.models[0].parameters()), 128 * 96
         shares = [sum(p.numel() for p in model.parameters()) for model in nine.models]
     assert whole + table <= sum(shares) < 1.2 * whole + table

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distserve.engine import host_links
 from distserve.engine.parallel import Member, Place
 
 _TIMEOUT = timedelta(days=1)  # a rank may be idle for long; a dead peer is seen by who started it
@@ -82,6 +83,9 @@ def connect(place: Place, device: torch.device, rendezvous: Path) -> Links:
     and that does not exist before."""
     if place.sharding.num_ranks == 1:
         return ALONE
+    native = host_links.library() if device.type == "cpu" else None
+    if native is not None:
+        return host_links.HostLinks(native, place, rendezvous)
     return ProcessGroups(place, device, rendezvous)
 
 
