@@ -73,6 +73,14 @@ def serve(
         ),
     ] = None,
     block_size: Annotated[int, typer.Option(metavar="16|32|64", help="Tokens in a block of KV.")] = 32,
+    transport: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|shm|nixl",
+            help="How decode instances pull KV: through shared memory, or over NIXL as between hosts. auto takes "
+            "shared memory, for all instances are on this host.",
+        ),
+    ] = "auto",
     max_batch_tokens: Annotated[
         int | None,
         typer.Option(
@@ -146,6 +154,7 @@ def serve(
         max_model_len=max_model_len,
         kv_memory=memory,
         block_size=block_size,
+        transport=transport,
         max_batch_tokens=max_batch_tokens,
         max_queue=max_queue,
         shutdown_timeout=shutdown_timeout,

@@ -26,6 +26,7 @@ class InstanceConfig:
     prefill: PrefillPolicy = field(default_factory=PrefillPolicy)
     decode: DecodePolicy = field(default_factory=DecodePolicy)
     colocated: ColocatedPolicy = field(default_factory=ColocatedPolicy)
+    transport: str = "shm"  # or nixl; the same for all instances
     log_level: str = "info"
 
 

@@ -95,6 +95,7 @@ def _configure(
             engine=engine,
             policy=spec.policy or Policy.CHUNKED,
             max_batch_tokens=tokens,
+            transport="shm" if options.transport == "auto" else options.transport,  # all are on this host
             log_level=options.log_level,
         )
 

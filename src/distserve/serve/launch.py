@@ -31,6 +31,7 @@ from distserve.specs import ModelSpec
 
 if TYPE_CHECKING:
     from distserve.engine.loaded import LoadedModel
+    from distserve.transfer.base import Source, Transport
     from distserve.transfer.memory import SharedMemory
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,10 @@ def serve(options: ServeOptions) -> int:
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
     plan = Plan.load(options.plan) if options.plan else default_plan()
     model = options.model or plan.model or DEMO_MODEL
+    if options.transport == "nixl":
+        from distserve.transfer.agent import require
+
+        require()
     with bind(options.host, options.port) as listener:
         path = hub.resolve(DEMO_MODEL if is_fake(model) else model)
         spec = hub.read_spec(path)
@@ -204,7 +209,6 @@ async def _build(
     from distserve.engine.measure import measure_knee
     from distserve.transfer.layout import InstanceLayout
     from distserve.transfer.memory import SharedMemory
-    from distserve.transfer.shm import ShmSource, ShmTransport
 
     memories: list[SharedMemory] = []
 
@@ -224,10 +228,25 @@ async def _build(
         log.info("the knee is %d tokens: prompts are batched up to it", knee)
     whole = executor.layout
     layout = InstanceLayout(executor.sharding, whole.head_dim, whole.block_size, whole.dtype)
-    publisher = ShmSource(memories, size, layout, executor.export_blocks)
-    transport = ShmTransport(memories, size, layout, executor.import_blocks) if config.role is Role.DECODE else None
+    source, puller = await _transfer(config.transport)
+    publisher = source(memories, size, layout, executor.export_blocks)
+    transport = puller(memories, size, layout, executor.import_blocks) if config.role is Role.DECODE else None
     pool = BlockPool(size, executor.block_size, publisher.generations)
     return Parts(_scheduler(config, pool, knee), executor, publisher, transport, layout)
+
+
+async def _transfer(transport: str) -> tuple[Callable[..., Source], Callable[..., Transport]]:
+    """The two sides of a transport by its name; each takes the memories of the ranks, the number of blocks, the layout
+    and what moves blocks to and from the devices."""
+    if transport == "nixl":
+        from distserve.transfer.agent import Agent
+        from distserve.transfer.nixl import NixlSource, NixlTransport
+
+        agent = await asyncio.to_thread(Agent, one_host=True)
+        return partial(NixlSource, agent=agent), partial(NixlTransport, agent=agent)
+    from distserve.transfer.shm import ShmSource, ShmTransport
+
+    return ShmSource, ShmTransport
 
 
 def _executor(

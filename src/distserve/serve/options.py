@@ -14,6 +14,7 @@ DEMO_MODEL = "smollm2-135m-instruct"  # the built-in alias; its weights come wit
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 BLOCK_SIZES = (16, 32, 64)
+TRANSPORTS = ("auto", "shm", "nixl")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -35,6 +36,7 @@ class ServeOptions:
     max_model_len: int | None = None  # tokens of prompt and answer; None: the checkpoint's
     kv_memory: int | float | None = None  # of an instance: bytes, or a share of the device's memory; None: by device
     block_size: int = 32  # tokens per KV block
+    transport: str = "auto"  # how KV moves; auto: shm between instances of one host, nixl between hosts
     max_batch_tokens: int | None = None  # prefill's knee Lm, tokens a batch; None: measured at start
     max_queue: int | None = None  # requests admitted and not yet finished; None: the scheduler's own limit
     shutdown_timeout: float = 30.0  # seconds that running requests get after SIGTERM
@@ -49,6 +51,7 @@ class ServeOptions:
             ("--device", self.device, DEVICES),
             ("--dtype", self.dtype, DTYPES),
             ("--block-size", self.block_size, BLOCK_SIZES),
+            ("--transport", self.transport, TRANSPORTS),
             ("--log-level", self.log_level, LOG_LEVELS),
         ):
             if value not in known:
