@@ -9,6 +9,7 @@ A step computes new tokens for sequences that are prompts (or pieces of them) an
 n new tokens after p computed ones; context counts the new token. For whole prompts these are the sums of lengths and of
 their squares (DistServe, OSDI'24, appendix A). A mixed step reads the weights once: its products cost what the more
 expensive of the two formulas says, with prompt and decode rows together in the first, and both attentions are added.
+Where mixed steps were measured, a share (`mixed_added`) of the decoding sequences' own time comes on top of the prompts'.
 
 Where points were measured, what they differ from the formula (the rest) is interpolated linearly between them and
 added, so that a measured step takes exactly what was measured: for prompts by their tokens and their effective number
@@ -128,6 +129,8 @@ class Coefficients:
     decode: tuple[DecodeLine, ...]  # by from_batch
     prefill_rest: Rows = ()  # by effective number of prompts: (tokens, measured less formula)
     decode_rest: Rows = ()  # by batch size: (summed context, measured less formula)
+    # Of mixed steps: 0: their products cost what the more expensive part says; 1: prompts and sequences are added
+    mixed_added: float = 0.0
     _lines: list[_Line] = field(init=False, repr=False, compare=False)  # `decode`, to be looked up
     _prefill_table: Table | None = field(init=False, repr=False, compare=False)
     _decode_table: Table | None = field(init=False, repr=False, compare=False)
@@ -180,7 +183,11 @@ class Coefficients:
         elif self._decode_table is not None:
             rest = self._decode_table.piece(batch, context)[0]
         attention = min([p.per_square for p in self.prefill]) * squares + line.per_context * context
-        return max(prompts, decodes) + rest + max(0.0, attention)
+        products = max(prompts, decodes)
+        if self.mixed_added:
+            added = max([p.base + p.per_token * tokens for p in self.prefill]) + line.per_sequence * batch
+            products += self.mixed_added * (added - products)
+        return products + rest + max(0.0, attention)
 
     def run(self, batch: int, context: float) -> Run:
         """A batch that begins with `context` and grows by one token a sequence and step."""
