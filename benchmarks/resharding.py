@@ -1,153 +1,215 @@
-"""What re-sharding KV on its way costs beside copying whole blocks: the arithmetic, and the shorter copies.
+"""What a pull between instances of any tp and pp costs on one host, beside memcpy.
 
-    python -m benchmarks.resharding [--rounds 20] [--json FILE|-]
+    python -m benchmarks.resharding [--rounds 20] [--cores 1] [--json FILE|-]
 
-For the usual pairs of layouts, and a model's real shape: how long the list of byte ranges takes to compute (once for a
-pair) and to look up (each pull), how many ranges a block is read in, how short they are, and how fast numpy copies a
-request of 1,000 tokens by them, all ranks one after another on one core. The yardstick is the same bytes copied as one
-piece. Both sides are memory of this process; the copies are C loops over blocks, started once for a range.
+For the usual pairs of layouts, and a model's real shape: one request of 1,000 tokens is pulled through shared memory by
+the code that serves, checks included (generations, and the digest of every block), and published (the digest, as
+prefill takes it). The yardstick is the same number of bytes copied between two such memories by memcpy, under the same
+weather: all take turns. Source and target lie in large pages that exist, as a pool's first blocks do
+(`SharedMemory.touch`), and each round takes other blocks than the last one, so that they come from memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.harness import describe, machine, report, say, table
 from distserve.catalogue import model_spec
+from distserve.transfer.base import KVHandle, KVSource
 from distserve.transfer.layout import InstanceLayout, reads
+from distserve.transfer.memory import SharedMemory
+from distserve.transfer.shm import ShmSource, ShmTransport
 
 TOKENS, BLOCK_SIZE = 1000, 32
-MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.1-8B")
+BLOCKS = -(-TOKENS // BLOCK_SIZE)
+SMALL, LARGE = "HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.1-8B"
+SETS = {SMALL: 6, LARGE: 2}  # of blocks, which take turns: together more than a cache holds
 Degrees = tuple[int, int]  # tp, pp
 PAIRS: dict[str, tuple[tuple[Degrees, Degrees], ...]] = {
-    MODELS[0]: (
+    SMALL: (
         ((1, 1), (1, 1)),
         ((3, 1), (3, 1)),
         ((3, 1), (1, 1)),
         ((1, 1), (3, 1)),
         ((1, 2), (1, 3)),
-        ((3, 1), (1, 2)),
         ((1, 3), (3, 2)),
     ),
-    MODELS[1]: (
+    LARGE: (
         ((1, 1), (1, 1)),
         ((2, 1), (2, 1)),
         ((2, 1), (1, 1)),
+        ((1, 1), (2, 1)),
         ((4, 1), (2, 1)),
-        ((4, 1), (1, 4)),
-        ((2, 1), (4, 2)),
+        ((1, 2), (1, 1)),
+        ((1, 2), (2, 1)),
         ((8, 1), (1, 1)),
     ),
 }
-Blocks = NDArray[np.uint8]  # [num_blocks, block_bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one pair."""
+    """Of one pair. Seconds are medians."""
 
     model: str
     source: Degrees
     target: Degrees
-    compute: float  # seconds for the ranges of all target ranks, once
-    look_up: float  # seconds, each time
+    lay_out: float  # seconds for the ranges of all target ranks, once for a pair
     ranges: float  # of a block on one target rank, the mean
     range_bytes: float  # mean
     copied: int  # bytes
-    bandwidth: float  # bytes/s
-    share: float  # of the bandwidth of copying the same bytes as one piece
+    publish: float  # seconds
+    pull: float
+    memcpy: float
+
+    @property
+    def share(self) -> float:
+        """Of the bandwidth of memcpy."""
+        return self.memcpy / self.pull
 
 
-def measure(model: str, source: Degrees, target: Degrees, rounds: int) -> Cost:
-    kv = model_spec(model).kv_layout(BLOCK_SIZE, "bfloat16")
-    there, here = InstanceLayout.of(kv, *source), InstanceLayout.of(kv, *target)
-    blocks = -(-TOKENS // BLOCK_SIZE)
-    memory, own = allocate(there, blocks), allocate(here, blocks)
-    found = reads(there, here)
-    moves = [
-        (memory[read.source][:, at : at + size], own[rank][:, to : to + size])
-        for rank, of_rank in enumerate(found)
-        for read in of_rank
-        for at, to, size in read.ranges
-    ]
-    copied = sum(to.size for _, to in moves)
-    one, other = np.ones(copied, np.uint8), np.empty(copied, np.uint8)
+class Pair:
+    """A source and a target that have met, with KV in place and handles of every set of blocks."""
 
-    def by_ranges() -> None:
-        for at, to in moves:
-            np.copyto(to, at)
+    def __init__(self, model: str, source: Degrees, target: Degrees) -> None:
+        kv = model_spec(model).kv_layout(BLOCK_SIZE, "bfloat16")
+        self.there, self.here = InstanceLayout.of(kv, *source), InstanceLayout.of(kv, *target)
+        self.copied = BLOCKS * kv.block_bytes
+        num_blocks = BLOCKS * SETS[model]
+        self.sets = [list(range(first, first + BLOCKS)) for first in range(0, num_blocks, BLOCKS)]
+        self._source = ShmSource(allocate(self.there, num_blocks), num_blocks, self.there)
+        self._own = allocate(self.here, num_blocks)
+        self._transport = ShmTransport(self._own, num_blocks, self.here)
+        self._where = KVSource("prefill-0", 1, self.there, self._source.location, notices="")
 
-    resharded, whole = in_turns([by_ranges, lambda: np.copyto(other, one)], rounds)
-    num_ranges = len(moves) / len(found)
+    async def connect(self) -> None:
+        await self._transport.connect(self._where)
+        self._handles = [
+            KVHandle(self._where, 1, 1, TOKENS, tuple(blocks), *self._source.publish(blocks)) for blocks in self.sets
+        ]
+
+    async def publish(self, number: int) -> float:
+        start = time.perf_counter()
+        self._source.publish(self.sets[number % len(self.sets)])
+        return time.perf_counter() - start
+
+    async def pull(self, number: int) -> float:
+        start = time.perf_counter()
+        await self._transport.pull(self._handles[number % len(self.sets)], self.sets[number % len(self.sets)])
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        self._transport.close()
+        self._source.close()
+        for memory in self._own:
+            memory.close()
+
+
+class Yardstick:
+    """As many bytes in memory of the same kind, as one piece a set."""
+
+    def __init__(self, model: str) -> None:
+        kv = model_spec(model).kv_layout(BLOCK_SIZE, "bfloat16")
+        self._memories = [*(allocate(InstanceLayout.of(kv), BLOCKS * SETS[model])[0] for _ in range(2))]
+        self._from, self._to = (
+            np.frombuffer(memory.buffer, np.uint8).reshape(SETS[model], BLOCKS * kv.block_bytes)
+            for memory in self._memories
+        )
+
+    async def copy(self, number: int) -> float:
+        at = number % len(self._to)
+        start = time.perf_counter()
+        np.copyto(self._to[at], self._from[at])
+        return time.perf_counter() - start
+
+
+def allocate(layout: InstanceLayout, num_blocks: int) -> list[SharedMemory]:
+    """Each rank's memory, of random bytes."""
+    found, some = [], np.random.default_rng(0)
+    for rank in range(layout.sharding.num_ranks):
+        memory = SharedMemory(num_blocks * layout.of_rank(rank).block_bytes)
+        memory.touch(memory.size)
+        np.frombuffer(memory.buffer, np.uint64)[:] = some.integers(0, 2**64, memory.size // 8, np.uint64)
+        found.append(memory)
+    return found
+
+
+async def measure(model: str, source: Degrees, target: Degrees, yardstick: Yardstick, rounds: int) -> Cost:
+    pair = Pair(model, source, target)
+    try:
+        await pair.connect()
+        actions: list[Callable[[int], Coroutine[None, None, float]]] = [pair.publish, pair.pull, yardstick.copy]
+        times = [[await action(number) for action in actions] for number in range(rounds + 2)][2:]
+    finally:
+        pair.close()
+    publish, pull, memcpy = (statistics.median(column) for column in zip(*times, strict=True))
+    found = reads(pair.there, pair.here)
+    sizes = [part.size for of_rank in found for read in of_rank for part in read.ranges]
+    start = time.perf_counter()
+    reads.__wrapped__(pair.there, pair.here)
     return Cost(
         model=model,
         source=source,
         target=target,
-        compute=statistics.median(timed(lambda: reads.__wrapped__(there, here)) for _ in range(rounds)),
-        look_up=statistics.median(timed(lambda: reads(there, here)) for _ in range(100)),
-        ranges=num_ranges,
-        range_bytes=copied / len(moves) / blocks,
-        copied=copied,
-        bandwidth=copied / resharded,
-        share=whole / resharded,
+        lay_out=time.perf_counter() - start,
+        ranges=len(sizes) / len(found),
+        range_bytes=statistics.mean(sizes),
+        copied=pair.copied,
+        publish=publish,
+        pull=pull,
+        memcpy=memcpy,
     )
-
-
-def allocate(layout: InstanceLayout, blocks: int) -> list[Blocks]:
-    """Each rank's blocks, written once so that the system has given the pages."""
-    sizes = [layout.of_rank(rank).block_bytes for rank in range(layout.sharding.num_ranks)]
-    return [np.ones((blocks, size), np.uint8) for size in sizes]
-
-
-def in_turns(functions: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each, under the same weather."""
-    times = [[timed(function) for function in functions] for _ in range(rounds + 1)][1:]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def words(degrees: Degrees) -> str:
     return f"tp{degrees[0]} pp{degrees[1]}"
 
 
+def rows_of(costs: list[Cost]) -> list[list[str]]:
+    return [
+        [
+            f"{words(cost.source)} -> {words(cost.target)}",
+            f"{cost.ranges:,.1f}",
+            f"{cost.range_bytes:,.0f} B",
+            f"{1e6 * cost.lay_out:,.0f} us",
+            f"{1e3 * cost.publish:.2f} ms",
+            f"{1e3 * cost.pull:.2f} ms",
+            f"{cost.copied / cost.pull / 1e9:.1f} GB/s",
+            f"{cost.share:.0%}",
+        ]
+        for cost in costs
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--cores", type=int, default=1, help="that the pulling instance may use")
     parser.add_argument("--json", metavar="FILE|-")
     arguments = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
     kind, costs, text = machine(), [], []
+    columns = ["pair", "ranges a block and rank", "mean range", "layout", "publish", "pull", "bandwidth", "of memcpy"]
     for model, pairs in PAIRS.items():
         say(f"{model}: {len(pairs)} pairs")
-        found = [measure(model, *pair, arguments.rounds) for pair in pairs]
+        yardstick = Yardstick(model)
+        found = [asyncio.run(measure(model, *pair, yardstick, arguments.rounds)) for pair in pairs]
         costs += found
-        rows = [
-            [
-                f"{words(cost.source)} -> {words(cost.target)}",
-                f"{1e6 * cost.compute:,.0f} us",
-                f"{1e6 * cost.look_up:.1f} us",
-                f"{cost.ranges:,.1f}",
-                f"{cost.range_bytes:,.0f} B",
-                f"{cost.bandwidth / 1e9:.1f} GB/s",
-                f"{cost.share:.0%}",
-            ]
-            for cost in found
-        ]
-        columns = ["pair", "compute", "look-up", "ranges a block and rank", "mean range", "copy", "of one piece"]
-        text += ["", f"{model}, {TOKENS} tokens, {found[0].copied / 1e6:.1f} MB of KV", "", table(columns, rows)]
+        title = f"{model}, {TOKENS} tokens, {found[0].copied / 1e6:.1f} MB of KV, {arguments.cores} core(s)"
+        text += ["", title, "", table(columns, rows_of(found))]
     report(
-        {"machine": kind, "costs": [asdict(cost) for cost in costs]}, "\n".join([describe(kind), *text]), arguments.json
+        {"machine": kind, "cores": arguments.cores, "costs": [asdict(cost) for cost in costs]},
+        "\n".join([describe(kind), *text]),
+        arguments.json,
     )
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.transfer.support import cut, whole_kv
+from tests.transfer.support import cut, shardings, whole_kv
 
 from distserve.errors import PlanError
-from distserve.sharding import Sharding, heads_fit
+from distserve.sharding import heads_fit
 from distserve.specs import KVLayout
 from distserve.transfer.copying import Bytes
 from distserve.transfer.layout import InstanceLayout, Range, reads
@@ -69,15 +69,6 @@ def test_all_small_degrees(shape: tuple[int, int]) -> None:
         check(source, target, model)
 
 
-@st.composite
-def shardings(draw: st.DrawFn, num_layers: int, num_kv_heads: int) -> Sharding:
-    """Stages of any lengths, not only the usual ones."""
-    borders = draw(st.sets(st.integers(1, num_layers - 1), max_size=5)) if num_layers > 1 else set()
-    edges = [0, *sorted(borders), num_layers]
-    tp = draw(st.sampled_from([tp for tp in range(1, 13) if heads_fit(num_kv_heads, tp)]))
-    return Sharding(num_kv_heads, tuple(end - first for first, end in pairwise(edges)), tp)
-
-
 @settings(max_examples=150)
 @given(st.data())
 def test_any_stages_heads_and_blocks(data: st.DataObject) -> None:
@@ -115,6 +106,15 @@ def test_ranges_done_by_hand() -> None:
         (0, (Range(0, 0, 128),)),
         (1, (Range(0, 128, 128),)),
     ]
+
+
+def test_places_done_by_hand() -> None:
+    """2 layers, 4 heads: keys of layer 0 are units 0 to 3, its values 4 to 7, keys of layer 1 are 8 to 11."""
+    model = KVLayout(2, 4, 2, 2, "float32")
+    assert InstanceLayout.of(model).places(0) == list(range(16))
+    assert InstanceLayout.of(model, tp=2).places(1) == [2, 3, 6, 7, 10, 11, 14, 15]
+    assert InstanceLayout.of(model, tp=8, pp=2).places(11) == [9, 13]
+    assert InstanceLayout.of(model).unit_bytes == 16
 
 
 @pytest.mark.parametrize(

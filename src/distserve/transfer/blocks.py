@@ -49,7 +49,7 @@ class RankBlocks:
 
     def copy_from(self, source: RankBlocks, blocks: Sequence[int], into: Sequence[int]) -> list[tuple[int, ...]]:
         """Fills `into`, on all ranks, with what `blocks` of `source` hold. Returns `every_digest` of what was written.
-        Raises `PlanError` where the two are not of the same model."""
+        Raises `PlanError` where the two are not of the same model. Threads may do so at once, for other blocks."""
         found: list[Sums] = [np.zeros(len(blocks), np.uint64) for _ in range(self.layout.sharding.copies)]
         for rank, moves in enumerate(_moves(source.layout, self.layout)):
             for source_rank, units in moves:

@@ -10,8 +10,11 @@ is `sched/` and `serve/`.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import TypeVar
 
 from distserve.errors import PlanError, PullError
 from distserve.transfer.base import KVHandle, KVSource, check
@@ -22,6 +25,7 @@ from distserve.transfer.memory import SharedMemory, attach
 NAME = "shm"
 AT_ONCE = 32 << 20  # bytes; a pull this small is over before a thread would be worth its two changes
 
+T = TypeVar("T")
 Stage = Callable[[list[int]], None]  # moves blocks between the device and its host copy; nothing to do on a CPU
 
 
@@ -50,6 +54,11 @@ class ShmSource:
             memory.close()
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Attached:
     """One source's memory as this process sees it."""
 
@@ -62,8 +71,9 @@ class _Attached:
 
 
 class ShmTransport:
-    """The pulling side. One thread copies, so that a large pull leaves the event loop free; a small one is made in the
-    loop, which it holds for about 3 ms: the changes of thread would cost a sixth of it.
+    """The pulling side. A large pull is made by one thread a core, so that it leaves the event loop free and takes what
+    memory gives; a small one is made in the loop, which it holds for about 3 ms: the changes of thread would cost a
+    sixth of it.
 
     `layout` and `memories`, one a rank, are this instance's own; `stage` (CUDA) moves pulled blocks from host memory to
     the device.
@@ -76,7 +86,8 @@ class ShmTransport:
         self._stage = stage
         self._attached: dict[tuple[str, int], _Attached] = {}
         self._over: set[tuple[str, int]] = set()
-        self._thread = ThreadPoolExecutor(1, "pull")
+        self._num_threads = cores()
+        self._threads = ThreadPoolExecutor(self._num_threads, "pull")
 
     async def connect(self, source: KVSource) -> None:
         key = (source.instance, source.epoch)
@@ -94,7 +105,7 @@ class ShmTransport:
             reads(source.layout, self._own.layout)
         except PlanError as error:
             raise PullError(f"{source.instance}: {error}", "transport") from None
-        self._attached[key] = await asyncio.get_running_loop().run_in_executor(self._thread, _Attached, source)
+        self._attached[key] = await self._in_thread(_Attached, source)
 
     async def pull(self, handle: KVHandle, into: list[int]) -> int:
         key = (handle.source.instance, handle.source.epoch)
@@ -102,29 +113,43 @@ class ShmTransport:
         if len(into) < len(handle.blocks):
             raise PullError(f"{len(handle.blocks)} blocks to read, room for {len(into)}", "transport")
         attached = self._attached[key]
+        if not all(0 <= block < attached.blocks.num_blocks for block in handle.blocks):
+            raise PullError(f"{handle.source.instance} promised blocks {handle.blocks} that it does not have", "stale")
         targets = into[: len(handle.blocks)]
         size = len(targets) * self._own.block_bytes
         if size <= AT_ONCE:
-            self._read(attached, handle, targets)
+            self._finish(attached, handle, targets, self._own.copy_from(attached.blocks, handle.blocks, targets))
         else:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._read, attached, handle, targets)
+            digests = await self._copy(attached.blocks, handle.blocks, targets)
+            await self._in_thread(self._finish, attached, handle, targets, digests)
         if key in self._over:
             raise PullError(f"{handle.source.instance} died during the pull", "gone")
         return size
 
-    def _read(self, attached: _Attached, handle: KVHandle, into: list[int]) -> None:
-        """Copies, with digests of what was copied; then looks whether that is what was promised."""
-        if not all(0 <= block < attached.blocks.num_blocks for block in handle.blocks):
-            raise PullError(f"{handle.source.instance} promised blocks {handle.blocks} that it does not have", "stale")
-        found = self._own.copy_from(attached.blocks, handle.blocks, into)
-        check(handle, [attached.generations[b] for b in handle.blocks], found)
+    async def _copy(self, source: RankBlocks, blocks: Sequence[int], into: Sequence[int]) -> list[tuple[int, ...]]:
+        """`RankBlocks.copy_from` by all threads: each takes some of the blocks, on all ranks."""
+        share = -(-len(blocks) // self._num_threads)
+        copies = [
+            self._in_thread(self._own.copy_from, source, blocks[at : at + share], into[at : at + share])
+            for at in range(0, len(blocks), share)
+        ]
+        await asyncio.wait(copies)  # none writes any more when one has failed
+        parts = [copy.result() for copy in copies]
+        return [tuple(chain.from_iterable(of_copy)) for of_copy in zip(*parts, strict=True)]
+
+    def _finish(self, attached: _Attached, handle: KVHandle, into: list[int], digests: list[tuple[int, ...]]) -> None:
+        """Looks whether what was copied is what was promised, and moves it to the device."""
+        check(handle, [attached.generations[b] for b in handle.blocks], digests)
         if self._stage is not None:
             self._stage(into)
+
+    def _in_thread(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def disconnect(self, instance: str, epoch: int) -> None:
         self._over.add((instance, epoch))
         self._attached.pop((instance, epoch), None)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True)
+        self._threads.shutdown(wait=True)
         self._attached.clear()
