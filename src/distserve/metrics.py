@@ -84,10 +84,18 @@ class SLO:
         return ", ".join(targets) or "none"
 
     def ttft_met(self, record: Record) -> bool:
-        return record.ok and (self.ttft is None or (record.ttft is not None and record.ttft <= self.ttft))
+        return record.ok and self.ttft_is(record.ttft)
 
     def tpot_met(self, record: Record) -> bool:
-        return record.ok and (self.tpot is None or record.tpot is None or record.tpot <= self.tpot)
+        return record.ok and self.tpot_is(record.tpot)
+
+    def ttft_is(self, ttft: float | None) -> bool:
+        """Whether this TTFT of a completed request meets its target."""
+        return self.ttft is None or (ttft is not None and ttft <= self.ttft)
+
+    def tpot_is(self, tpot: float | None) -> bool:
+        """The same of a TPOT."""
+        return self.tpot is None or tpot is None or tpot <= self.tpot
 
     def met(self, record: Record) -> bool:
         return self.ttft_met(record) and self.tpot_met(record)

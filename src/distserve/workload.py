@@ -19,6 +19,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 from distserve import traces
@@ -105,20 +106,13 @@ class Workload:
         _check("rate", rate, math.isfinite(rate) and rate > 0, "above 0 requests a second")
         _check("requests", requests, requests >= 1, "at least 1")
         _check("cv", cv, cv == 0 or 0.01 <= cv <= 100, "0 (fixed gaps), or between 0.01 and 100 (1 is Poisson)")
-        dealt = self._deal(requests, random.Random(f"lengths {seed}"))
-        gaps = _gaps(cv, random.Random(f"gaps {seed}"))
-        now = 0.0  # in mean gaps
-        found = []
-        for request in dealt:
-            found.append(replace(request, arrival=now / rate))
-            now += next(gaps)
+        draws = Draws(self, seed, cv)
+        draws.reach(requests)
+        found = [
+            Arrival(time / rate, r.prompt_tokens, r.output_tokens, r.app)
+            for time, r in zip(draws.times, draws.requests, strict=True)
+        ]
         return replace(self, arrivals=tuple(found), timed=True, rate=rate)
-
-    def _deal(self, number: int, chance: random.Random) -> Iterator[Arrival]:
-        while number > 0:
-            deck = chance.sample(self.arrivals, len(self))
-            yield from deck[:number]
-            number -= len(deck)
 
     def scaled(self, prompt: float, output: float) -> Workload:
         """Lengths times these factors, at least 1 token: a small machine's share of a big one's workload."""
@@ -157,6 +151,40 @@ class Workload:
             row: list[object] = [repr(float(r.arrival))] * self.timed + [r.prompt_tokens, r.output_tokens]
             writer.writerow(row + [r.app] * with_app)
         return out.getvalue()
+
+
+class Draws:
+    """What one seed gives of a workload, at any rate: what was dealt once need not be dealt again.
+
+    requests   whose lengths come one after the other
+    times      when each arrives, in mean gaps
+    """
+
+    def __init__(self, workload: Workload, seed: int, cv: float = 1.0) -> None:
+        self.requests: list[Arrival] = []
+        self.times: list[float] = []
+        self._dealt = _deal(workload.arrivals, random.Random(f"lengths {seed}"))
+        self._gaps = _gaps(cv, random.Random(f"gaps {seed}"))
+        self._now = 0.0
+
+    def reach(self, requests: int) -> None:
+        """Has so many of them, at least."""
+        missing = requests - len(self.times)
+        for request, gap in zip(islice(self._dealt, max(0, missing)), self._gaps, strict=False):
+            self.requests.append(request)
+            self.times.append(self._now)
+            self._now += gap
+
+
+def _deal(deck: tuple[Arrival, ...], chance: random.Random) -> Iterator[Arrival]:
+    """In random order, every one once before any comes again; without end. (What `Random.sample` of all of them gives,
+    one by one: who asks for a hundred need not shuffle ten thousand.)"""
+    while True:
+        left = list(deck)
+        for number in range(len(left), 0, -1):
+            at = chance.randrange(number)
+            yield left[at]
+            left[at] = left[number - 1]
 
 
 def _gaps(cv: float, chance: random.Random) -> Iterator[float]:

@@ -141,6 +141,9 @@ class Coefficients:
         put(self, "_prefill_table", Table(self.prefill_rest) if self.prefill_rest else None)
         put(self, "_decode_table", Table(self.decode_rest) if self.decode_rest else None)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return Coefficients, (self.prefill, self.decode, self.prefill_rest, self.decode_rest, self.mixed_added)
+
     def prompts(self, tokens: float, squares: float) -> float:
         """Seconds to compute `tokens` prompt tokens, sum of squares `squares`."""
         if len(self.prefill) == 1:
@@ -208,6 +211,9 @@ class Host:
     per_token: float = 0.0  # of a prompt in it
     per_sequence: float = 0.0
 
+    def __reduce__(self) -> tuple[object, ...]:  # compiled, a frozen class is not copied field by field
+        return Host, (self.per_step, self.per_token, self.per_sequence)
+
 
 @dataclass(frozen=True, slots=True)
 class Latency:
@@ -221,6 +227,10 @@ class Latency:
     prompt_step: Host = Host()  # of steps with prompts
     decode_step: Host = Host()
     padded: bool = False  # the prompts of a step are computed as long as the longest of them
+
+    def __reduce__(self) -> tuple[object, ...]:
+        steps = self.prompt_step, self.decode_step, self.padded
+        return Latency, (self.coefficients, self.pp, self.share, self.handover, *steps)
 
     def batch(
         self, items: list[tuple[Scheduled, int]], decoding: int = 0, their_context: int = 0

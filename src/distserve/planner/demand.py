@@ -7,8 +7,9 @@ from functools import cached_property
 
 from distserve.errors import UsageError
 from distserve.metrics import SLO, Targets
+from distserve.sim.life import Life, lives_at
 from distserve.traces import Arrival
-from distserve.workload import Workload
+from distserve.workload import Draws, Workload
 
 GOAL = 0.9  # the share of requests that must meet their targets
 
@@ -50,6 +51,19 @@ class Demand:
         for request in self.workload:
             count[request.app] += 1
         return {app: number / len(self.workload) for app, number in count.items()}
+
+    @cached_property
+    def _draws(self) -> dict[int, Draws]:
+        return {}
+
+    def lives(self, rate: float, requests: int, seed: int = 0) -> list[Life]:
+        """So many requests at this rate. The same seed gives the same requests at every rate, at gaps that differ by a
+        factor only."""
+        if seed not in self._draws:
+            self._draws[seed] = Draws(self.workload, self.seed + seed, self.cv)
+        draws = self._draws[seed]
+        draws.reach(requests)
+        return lives_at(draws.requests, draws.times, rate, requests)
 
     def only(self, app: str) -> Demand:
         """The requests of one application."""

@@ -10,7 +10,7 @@ over and the confidence interval lies above the goal. Where the second half atta
 first tokens (or each token after them) take clearly longer and longer, queues grow: the run is repeated at twice the
 length, and what grows to the end does not attain the goal.
 
-The same seed gives the same requests at every rate, at gaps that differ by a factor only (`Workload.draw`), so that two
+The same seed gives the same requests at every rate, at gaps that differ by a factor only (`Demand.lives`), so that two
 rates, and two plans, are compared on the same luck.
 """
 
@@ -23,13 +23,12 @@ from statistics import fmean, variance
 
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs
-from distserve.metrics import Attainment, Record, attainment, proportion_interval, tpot
+from distserve.metrics import Attainment, proportion_interval
 from distserve.plan import Plan
 from distserve.planner.demand import Demand
 from distserve.sim.life import NEVER, Life
-from distserve.sim.simulate import Imagination, imagine
+from distserve.sim.simulate import Imagination, live
 
-_NOBODY = Life(0, 0.0, 0, 0)
 _EARLY = 0.99  # confidence of an answer before the end
 _LONGER = 2  # times that a run whose queues grow is repeated at twice the length
 
@@ -87,38 +86,44 @@ class Situation:
     demand: Demand
     residence: float  # seconds that a request stays, about
 
-    def at(self, rate: float, requests: int, seed: int) -> Demand:
-        demand = self.demand
-        return replace(demand, workload=demand.workload.draw(rate, requests, seed=demand.seed + seed, cv=demand.cv))
+
+_OVER, _TTFT, _TPOT = 1, 2, 4
+_MET = _OVER | _TTFT | _TPOT
 
 
 class _Watch:
     """Sees requests end, and says when the answer is certain."""
 
-    def __init__(self, demand: Demand, warm: int, counted: int, early: bool) -> None:
+    def __init__(self, demand: Demand, lives: list[Life], early: bool) -> None:
+        """`lives`: those that count."""
         self.failed = self.passed = False
-        self._lives: list[Life] = [_NOBODY] * counted
-        self.over = bytearray(counted)  # 1: met, 2: missed; by place among the counted
-        self._demand = demand
-        self._warm, self._counted = warm, counted
-        self._left = counted
+        self.fates = bytearray(len(lives))  # by place among the counted: 0, or what is true of one that is over
+        self._lives = lives
+        self._first = lives[0].index
+        self._goal = demand.goal
+        self._slos = {app: demand.targets.of(app) for app in demand.apps}
+        self._left = len(lives)
         self._early = early
         self._next = 0  # the first that is not over
-        total = dict.fromkeys(demand.apps, 0)
-        for request in demand.workload.arrivals[warm : warm + counted]:
-            total[request.app] += 1
-        self._may_miss = {app: (1 - demand.goal) * number for app, number in total.items()}
-        self._missed = dict.fromkeys(total, 0)
+        self._missed = dict.fromkeys(demand.apps, 0)
+        number = self._missed.copy()
+        for life in lives:
+            number[life.app] += 1
+        self._may_miss = {app: (1 - demand.goal) * count for app, count in number.items()}
 
     def __call__(self, life: Life) -> bool:
-        place = life.index - self._warm
-        if not 0 <= place < self._counted:
+        place = life.index - self._first
+        if not 0 <= place < len(self._lives):
             return False
         self._left -= 1
-        met = self._demand.targets.met(life.record())
-        self.over[place] = 1 if met else 2
-        self._lives[place] = life
-        if not met:
+        slo = self._slos[life.app]
+        fate = _OVER
+        if slo.ttft_is(life.first - life.arrival):
+            fate |= _TTFT
+        if slo.tpot_is(life.tpot):
+            fate |= _TPOT
+        self.fates[place] = fate
+        if fate != _MET:
             self._missed[life.app] += 1
             self.failed = self._early and self._missed[life.app] > self._may_miss[life.app]
         if self._early and place == self._next:
@@ -126,20 +131,38 @@ class _Watch:
         return self.failed or self.passed or not self._left
 
     def _advance(self) -> None:
-        over, half = self.over, self._counted // 2
-        before = self._next
-        while self._next < self._counted and over[self._next]:
-            self._next += 1
+        half, before = len(self._lives) // 2, self._next
+        after = self.fates.find(0, before)
+        self._next = after if after >= 0 else len(self._lives)
         if before < half <= self._next:
             self.passed = self._surely_above(half) and not waits_grow(self._lives[:half])
 
     def _surely_above(self, number: int) -> bool:
-        requests = self._demand.workload.arrivals[self._warm : self._warm + number]
-        for app in self._missed:
-            mine = [over == 1 for over, request in zip(self.over, requests, strict=False) if request.app == app]
-            if not mine or proportion_interval(mine, _EARLY)[0] < self._demand.goal:
+        for app in self._slos:
+            mine = [fate == _MET for fate in self._of(app, number)]
+            if not mine or proportion_interval(mine, _EARLY)[0] < self._goal:
                 return False
         return True
+
+    def _of(self, app: str, number: int) -> list[int]:
+        """The fates of an application's, among the first `number`."""
+        if len(self._slos) == 1:
+            return list(self.fates[:number])
+        return [fate for fate, life in zip(self.fates[:number], self._lives, strict=False) if life.app == app]
+
+    def worst(self) -> tuple[str, Attainment, list[bool]]:
+        """(the application that attains least, what it attains, who of it met both targets). What is not over counts as
+        missed, but for a run that was cut short."""
+        cut = self.failed or self.passed
+        found: list[tuple[str, Attainment, list[bool]]] = []
+        for app in self._slos:
+            fates = self._of(app, len(self._lives))
+            fates = [fate for fate in fates if fate] if cut else fates
+            if fates:
+                met = [fate == _MET for fate in fates]
+                ttft, tpot = (sum([fate & bit > 0 for fate in fates]) for bit in (_TTFT, _TPOT))
+                found.append((app, Attainment(*(count / len(fates) for count in (sum(met), ttft, tpot))), met))
+        return min(found, key=lambda entry: entry[1].joint)
 
 
 def judge(
@@ -168,11 +191,10 @@ def lived(
     situation: Situation, plan: Plan, rate: float, length: Length = FULL, *, seed: int = 0
 ) -> tuple[Imagination, int, int]:
     """(a whole run, its warm-up, its counted) in requests."""
-    warm, counted, cool = length.numbers(rate, situation.residence)
-    demand = situation.at(rate, warm + counted + cool, seed)
-    watch = _Watch(demand, warm, counted, early=False)
-    run = imagine(plan, demand.workload, situation.costs, cluster=situation.cluster, stop=watch)
-    return run, warm, counted
+    demand, (warm, counted, cool) = situation.demand, length.numbers(rate, situation.residence)
+    lives = demand.lives(rate, warm + counted + cool, seed)
+    watch = _Watch(demand, lives[warm : warm + counted], early=False)
+    return live(plan, lives, situation.costs, cluster=situation.cluster, stop=watch), warm, counted
 
 
 def _judge(
@@ -184,22 +206,17 @@ def _judge(
     early: bool,
     cancelled: Callable[[], bool] | None,
 ) -> Verdict:
-    warm, counted, cool = length.numbers(rate, situation.residence)
-    demand = situation.at(rate, warm + counted + cool, seed)
-    watch = _Watch(demand, warm, counted, early)
+    demand, (warm, counted, cool) = situation.demand, length.numbers(rate, situation.residence)
+    lives = demand.lives(rate, warm + counted + cool, seed)
+    watch = _Watch(demand, lives[warm : warm + counted], early)
     stop: Callable[[Life], bool] = watch if cancelled is None else _either(watch, cancelled)
-    run = imagine(plan, demand.workload, situation.costs, cluster=situation.cluster, stop=stop)
-    lives = run.lives[warm : warm + counted]
-    if watch.failed or watch.passed:
-        lives = tuple(life for life in lives if life.last < NEVER)
-    records = [life.record() for life in lives]
-    app, worst = _worst(demand, records)
-    mine = [demand.targets.met(record) for record in records if record.app == app]
+    live(plan, lives, situation.costs, cluster=situation.cluster, stop=stop)
+    app, worst, met = watch.worst()
+    whole = not (watch.failed or watch.passed)
     attains = not watch.failed and (watch.passed or worst.joint >= demand.goal)
-    growing = attains and not watch.passed and (_worsens(mine, demand.goal) or waits_grow(lives))
-    simulated = sum(life.last < NEVER for life in run.lives)
-    interval = proportion_interval(mine)
-    return Verdict(rate, attains, worst, interval, app, simulated, not (watch.failed or watch.passed), growing)
+    growing = attains and whole and (_worsens(met, demand.goal) or waits_grow(lives[warm : warm + counted]))
+    simulated = sum([one.last < NEVER for one in lives])
+    return Verdict(rate, attains, worst, proportion_interval(met), app, simulated, whole, growing)
 
 
 def _either(watch: _Watch, cancelled: Callable[[], bool]) -> Callable[[Life], bool]:
@@ -211,15 +228,6 @@ def _either(watch: _Watch, cancelled: Callable[[], bool]) -> Callable[[Life], bo
         return watch(life) or (count % 256 == 0 and cancelled())
 
     return stop
-
-
-def _worst(demand: Demand, records: list[Record]) -> tuple[str, Attainment]:
-    found = []
-    for app in demand.apps:
-        mine = [record for record in records if record.app == app]
-        if mine:
-            found.append((app, attainment(mine, demand.targets)))
-    return min(found, key=lambda entry: entry[1].joint)
 
 
 def _worsens(met: list[bool], goal: float) -> bool:
@@ -236,7 +244,7 @@ def _worsens(met: list[bool], goal: float) -> bool:
 def waits_grow(lives: Sequence[Life]) -> bool:
     """Whether TTFT or TPOT grow."""
     over = [life for life in lives if life.last < NEVER]
-    paces = [pace for life in over if (pace := tpot(life.first, life.last, life.output_tokens)) is not None]
+    paces = [pace for life in over if (pace := life.tpot) is not None]
     return _grow([life.first - life.arrival for life in over]) or _grow(paces)
 
 

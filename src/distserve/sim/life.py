@@ -65,6 +65,15 @@ def lives_of(arrivals: Iterable[Arrival]) -> list[Life]:
     return lives
 
 
+def lives_at(requests: list[Arrival], times: list[float], rate: float, number: int) -> list[Life]:
+    """The first `number` of these requests, whose times are in units of 1 / rate."""
+    lives: list[Life] = []
+    for i in range(number):
+        request = requests[i]
+        lives.append(Life(i, times[i] / rate, request.prompt_tokens, request.output_tokens, request.app))
+    return lives
+
+
 class Imagined(Sequence):
     """A sequence whose end the world knows."""
 

@@ -84,8 +84,21 @@ def imagine(
     `WorkloadError` where the workload has no times."""
     if not workload.timed:
         raise WorkloadError(f"{workload.name} has no arrival times: draw them with a rate")
+    return live(plan, lives_of(workload), costs, cluster=cluster, admission=admission, trace=trace, stop=stop)
+
+
+def live(
+    plan: Plan,
+    lives: list[Life],
+    costs: Costs,
+    *,
+    cluster: Cluster | None = None,
+    admission: AdmissionPolicy | None = None,
+    trace: Trace | None = None,
+    stop: Callable[[Life], bool] | None = None,
+) -> Imagination:
+    """The same of lives that are about to begin, in order of arrival; they are lived."""
     world = World(plan, costs, cluster=cluster, admission=admission, trace=trace)
-    lives = lives_of(workload)
     end = world.run(lives, stop)
     return Imagination(
         lives=tuple(lives),
