@@ -9,7 +9,7 @@ A step computes new tokens for sequences that are prompts (or pieces of them) an
 n new tokens after p computed ones; context counts the new token. For whole prompts these are the sums of lengths and of
 their squares (DistServe, OSDI'24, appendix A). A mixed step reads the weights once: its products cost what the more
 expensive of the two formulas says, with prompt and decode rows together in the first, and both attentions are added.
-Where mixed steps were measured, a share (`mixed_added`) of the decoding sequences' own time comes on top of the prompts'.
+Where mixed steps were measured, a share (`mixed_added`) of the decoding sequences' time comes on top.
 
 Where points were measured, what they differ from the formula (the rest) is interpolated linearly between them and
 added, so that a measured step takes exactly what was measured: for prompts by their tokens and their effective number
