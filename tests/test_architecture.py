@@ -57,6 +57,7 @@ ROOMS: Final = {
     "control": ({"planner", "serve"}, {"metrics", "workload", "plan", "errors"}),
     "bench": (set(), NOUNS),
     "profiler": ({"engine.base", "transfer.base", "costs", "sched.base", "bench"}, NOUNS),
+    "validate": ({"sim", "costs", "planner", "bench", "profiler.live"}, NOUNS),
 }
 # the modules that may name implementations of engine and transfer
 LAUNCHERS = {"serve.launch", "profiler.worker"}
@@ -69,9 +70,17 @@ LIBRARIES = {
     "fastapi": {"serve"},
     "starlette": {"serve"},
     "uvicorn": {"serve"},
-    "aiohttp": {"bench"},
+    "aiohttp": {"bench", "validate.live"},
     "aiconfigurator_core": {"costs.aiconfigurator"},
-    "typer": {"cli", "serve.command", "bench.command", "planner.command", "sim.command", "profiler.command"},
+    "typer": {
+        "cli",
+        "serve.command",
+        "bench.command",
+        "planner.command",
+        "sim.command",
+        "profiler.command",
+        "validate.command",
+    },
 }
 PURE = {"sched", "costs", "sim"}  # decide, predict and imagine without a wall clock or an event loop
 CLOCKS = {"asyncio", "time", "threading", "socket", "datetime"}

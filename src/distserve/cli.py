@@ -18,6 +18,7 @@ from distserve.planner.command import plan
 from distserve.profiler.command import profile
 from distserve.serve.command import serve
 from distserve.sim.command import simulate
+from distserve.validate.command import validate
 
 app = typer.Typer(
     name="distserve",
@@ -31,6 +32,7 @@ app.command()(bench)
 app.command()(simulate)
 app.command()(plan)
 app.command()(profile)
+app.command()(validate)
 
 
 @app.callback(invoke_without_command=True)
