@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from statistics import fmean
@@ -143,10 +143,24 @@ def decode_error(points: Sequence[DecodePoint], lines: tuple[DecodeLine, ...]) -
     return _error([formula.decodes(p.batch, p.context) / p.seconds - 1 for p in points])
 
 
+def mixed_added(points: Sequence[MixedPoint], coefficients: Coefficients) -> float:
+    """`Coefficients.mixed_added` that comes closest to these steps, relative to them; 0 of none."""
+    never, always = (_mixed(points, replace(coefficients, mixed_added=added)) for added in (0.0, 1.0))
+    ways = [((b - a) / p.seconds, (p.seconds - a) / p.seconds) for a, b, p in zip(never, always, points, strict=True)]
+    squares = math.fsum(way * way for way, _ in ways)
+    if not squares:
+        return 0.0
+    return min(1.0, max(0.0, math.fsum(way * missing for way, missing in ways) / squares))
+
+
 def mixed_error(points: Sequence[MixedPoint], coefficients: Coefficients) -> Error:
-    """Of the formula of mixed steps, which has no numbers of its own."""
-    predicted = [coefficients.mixed(p.new, p.new * (2 * p.computed + p.new), p.batch, p.context) for p in points]
+    """Of the formula of mixed steps."""
+    predicted = _mixed(points, coefficients)
     return _error([seconds / p.seconds - 1 for seconds, p in zip(predicted, points, strict=True)])
+
+
+def _mixed(points: Sequence[MixedPoint], coefficients: Coefficients) -> list[float]:
+    return [coefficients.mixed(p.new, p.new * (2 * p.computed + p.new), p.batch, p.context) for p in points]
 
 
 def prefill_left_out(points: Sequence[PromptPoint], padded: bool = False) -> Error:

@@ -26,7 +26,7 @@ FORMAT = 1
 TOLERANCE = 1e-6  # between the fit error that a file states and the one that its points have
 ACCOUNTINGS = {"own": Accounting(), "paper": DISTSERVE}
 _KEYS = ("format", "device", "dtype", "date", "source", "note", "machine", "accounting", "engine", "models")
-_ENTRY = ("prefill", "decode", "prefill_points", "decode_points", "mixed_points", "error", "measured_to")
+_ENTRY = ("prefill", "decode", "prefill_points", "decode_points", "mixed_points", "mixed_added", "error", "measured_to")
 _DATE = re.compile(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])")
 _DEGREE = re.compile(r"(?P<tp>[1-9]\d*)(x(?P<pp>[1-9]\d*))?")
 _MAY_BE_ZERO = ("watermark_blocks", "layer_vectors")  # of whole numbers
@@ -128,6 +128,7 @@ def fitted(
     found = fit.fit(prompts, decodes, padded=padded)
     errors = {"prefill": fit.prefill_left_out(prompts, padded), "decode": fit.decode_left_out(decodes)}
     if mixed:
+        found = replace(found, mixed_added=fit.mixed_added(mixed, found))
         errors["mixed"] = fit.mixed_error(mixed, found)
     return {
         "prefill": [list(line) for line in found.prefill],
@@ -135,7 +136,7 @@ def fitted(
         "error": {kind: asdict(error) for kind, error in errors.items()},
         "prefill_points": [[list(point.lengths), point.seconds] for point in prompts],
         "decode_points": [list(point) for point in decodes],
-        **({"mixed_points": [list(point) for point in mixed]} if mixed else {}),
+        **({"mixed_points": [list(point) for point in mixed], "mixed_added": found.mixed_added} if mixed else {}),
     }
 
 
@@ -209,6 +210,10 @@ def _entry(where: str, entry: Any, padded: bool) -> Entry:
         coefficients = fit.with_rest(prefill, decode, prompts, decodes, padded=padded)
     except UsageError as error:
         raise Wrong(f"{where}: {error}") from None
+    added = number(f"{where}: mixed_added", entry.get("mixed_added", fit.mixed_added(mixed, coefficients)))
+    if added > 1:
+        raise Wrong(f"{where}: mixed_added = {added}: must be a share, 1 at most")
+    coefficients = replace(coefficients, mixed_added=added)
     return Entry(
         coefficients,
         _limits(where, entry, prompts, decodes, padded),

@@ -34,17 +34,22 @@ class Range:
     longest_context: int
     kv_tokens: int  # that the KV memory holds
     largest_batch: int  # sequences that decode together
+    block_size: int = 16  # tokens
+
+    def room(self, sequences: int) -> int:
+        """Tokens that each of so many sequences can have, in blocks of its own."""
+        return self.kv_tokens // self.block_size // sequences * self.block_size
 
 
 def prompts(within: Range, knee: int) -> list[Lengths]:
     """The coarse grid of prompts."""
-    longest = min(within.longest_prompt, within.kv_tokens)
+    longest = min(within.longest_prompt, within.room(1))
     alone = sorted({n for n in (SHORTEST, *SIZES) if n < longest} | {longest})
     found: list[Lengths] = [(n,) for n in alone]
     for number in TOGETHER:
         for total in SIZES:
             length = total // number
-            if SHORTEST <= length <= longest and total <= min(2 * knee, within.kv_tokens):
+            if SHORTEST <= length <= min(longest, within.room(number)) and total <= 2 * knee:
                 found.append((length,) * number)
     return found
 
@@ -53,7 +58,7 @@ def decodes(within: Range) -> list[Cell]:
     """The coarse grid of decode steps."""
     found: list[Cell] = []
     for batch in (*[b for b in BATCHES if b < within.largest_batch], within.largest_batch):
-        most = min(within.longest_context, within.kv_tokens // batch - SHORTEST)
+        most = min(within.longest_context, within.room(batch) - SHORTEST)
         if most < SHORTEST:
             break
         contexts = [n for n in CONTEXTS if n * _CLOSE < most]
@@ -92,10 +97,11 @@ def mixed(within: Range, knee: int) -> list[Mixture]:
     """Pieces of prompts beside sequences that decode, as a colocated instance computes them."""
     found: list[Mixture] = []
     for batch, context in ((4, 256), (16, 256), (48, 256)):
-        batch = min(batch, within.largest_batch, max(1, within.kv_tokens // (4 * context)))
+        batch = min(batch, within.largest_batch)
         for computed in (0, 2 * knee):
             new = max(1, knee - batch)
-            if computed + new <= within.longest_prompt and context <= within.longest_context:
+            fits = computed + new <= within.longest_prompt and context <= within.longest_context
+            if fits and max(computed + new, context) <= within.room(batch + -(-(computed + new) // context)):
                 found.append((computed, new, batch, context))
     return list(dict.fromkeys(found))
 
@@ -103,7 +109,7 @@ def mixed(within: Range, knee: int) -> list[Mixture]:
 def typical_decode(within: Range) -> Cell:
     """A batch in the middle of what is met."""
     batch = min(16, within.largest_batch)
-    return batch, max(SHORTEST, min(256, within.longest_context, within.kv_tokens // batch - SHORTEST))
+    return batch, max(SHORTEST, min(256, within.longest_context, within.room(batch) - SHORTEST))
 
 
 def probes(within: Range) -> tuple[int, int]:

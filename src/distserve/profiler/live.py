@@ -122,14 +122,14 @@ class Probe:
 
     async def together(self, streams: int, prompt: int, tokens: int) -> None:
         """So many streams of `tokens` tokens: what lies between two steps, from all having begun until one ends."""
-        names = ("vllm:generation_tokens_total", "vllm:inter_token_latency_seconds")
-        start = _total(await self._scrape(), names[0])
+        name = "vllm:inter_token_latency_seconds"
+        start = _total(await self._scrape(), f"{name}_count")
         sent = [asyncio.create_task(self._send(prompt, tokens)) for _ in range(streams)]
         try:
             first, last = start + _SETTLE * streams, start + (tokens - _SETTLE) * streams
-            before = await self._when(names[0], first)
-            after = await self._when(names[0], last)
-            gap = _mean(before, after, names[1], "")
+            before = await self._when(f"{name}_count", first)
+            after = await self._when(f"{name}_count", last)
+            gap = _mean(before, after, name, "")
             self.around.host.setdefault(streams, Series()).values.append(gap - _step(before, after, _DECODE))
         finally:
             await asyncio.gather(*sent)

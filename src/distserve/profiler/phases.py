@@ -27,7 +27,9 @@ from distserve.profiler.series import Series
 from distserve.profiler.survey import Survey
 from distserve.profiler.workers import Remote
 
-STEPS = 4  # of a visit to a decode cell
+STEPS = 4  # of a visit to a decode cell; of prompts, at most
+VISIT = 0.12  # seconds of a visit to prompts, at least
+DOUBTS = 3  # more visits to a point that the others contradict
 GOOD_MEAN, GOOD_WORST = 0.02, 0.06  # left-out errors of a fit that needs no more points
 SHARES = {
     "prefill": 0.24,
@@ -105,7 +107,10 @@ class Budget:
 
 async def prefill(worker: Remote, within: Range, found: Findings, budget: Budget) -> None:
     async def visit(lengths: Lengths) -> Sequence[float]:
-        return (await worker.ask(Prompts(list(lengths)), Took)).seconds
+        found = (await worker.ask(Prompts(list(lengths)), Took)).seconds
+        while sum(found) < VISIT and len(found) < STEPS:
+            found += (await worker.ask(Prompts(list(lengths)), Took)).seconds
+        return found
 
     survey = Survey(visit, over=budget.over, tick=budget.tick, seed=1)
     found.prompts = survey.series
@@ -132,11 +137,17 @@ async def _closer(
     choose: Callable[[Mapping[grid.Point, float]], list[grid.Point]],
     budget: Budget,
 ) -> None:
-    """More points where the curve bends."""
+    """More looks at points that the others contradict, then more points where the curve bends."""
+    doubted: set[grid.Point] = set()
     while not budget.over():
         errors = dict(zip(sorted(survey.series), map(abs, unseen()), strict=False))
         if not errors or (sum(errors.values()) / len(errors) <= GOOD_MEAN and max(errors.values()) <= GOOD_WORST):
             return
+        doubtful = {point for point, error in errors.items() if error > GOOD_WORST} - doubted
+        if doubtful:
+            doubted |= doubtful
+            await survey.again(sorted(doubtful), DOUBTS)
+            continue
         more: list[grid.Point] = []
         while errors and not more:
             more = [point for point in choose(errors) if point not in survey.series]
@@ -184,7 +195,7 @@ async def pulls(workers: Sequence[Remote], within: Range, found: Findings, budge
     """A few blocks and many."""
     source, target = workers
     size = source.ready.block_size
-    most = min(within.longest_prompt, within.kv_tokens) // size
+    most = min(within.longest_prompt, within.room(1)) // size
     for turn in range(_PULLS + 1):
         for blocks in sorted({1, max(1, most // 8), max(1, most // 2)}):
             published = await source.ask(Publish(blocks), Published)

@@ -151,6 +151,7 @@ async def _phases(
             longest_context=longest,
             kv_tokens=first.ready.num_blocks * first.ready.block_size,
             largest_batch=LARGEST_BATCH,
+            block_size=first.ready.block_size,
         )
         budget.begin("prefill")
         await phases.prefill(first, within, found, budget)

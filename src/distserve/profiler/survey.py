@@ -50,6 +50,16 @@ class Survey(Generic[Key]):
             if not waiting:
                 return
 
+    async def again(self, keys: Iterable[Key], visits: int) -> None:
+        """So many more visits of each, for somebody doubts them: perhaps all fell into one slow spell."""
+        waiting = list(keys)
+        for _ in range(visits):
+            self._random.shuffle(waiting)
+            for key in waiting:
+                if self._over():
+                    return
+                await self._visit(key)
+
     async def _visit(self, key: Key) -> None:
         began = time.perf_counter()
         values = await self._measure(key)
