@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from distserve.errors import UsageError
@@ -51,6 +51,9 @@ class Demand:
         for request in self.workload:
             count[request.app] += 1
         return {app: number / len(self.workload) for app, number in count.items()}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # what is derived can be derived again
 
     @cached_property
     def _draws(self) -> dict[int, Draws]:
