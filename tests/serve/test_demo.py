@@ -28,6 +28,28 @@ NUM_TOKENS = 12
 PLANS = {
     "disaggregated": '[[instances]]\nrole = "prefill"\n[[instances]]\nrole = "decode"\n',
     "chunked": '[[instances]]\nrole = "colocated"\nchunk_tokens = 300\n',
+    "several degrees": """
+[[instances]]
+role = "prefill"
+tp = 3
+[[instances]]
+role = "prefill"
+pp = 2
+[[instances]]
+role = "decode"
+[[instances]]
+role = "decode"
+tp = 3
+pp = 2
+""",
+    "7 stages of 30 layers": """
+[[instances]]
+role = "prefill"
+pp = 7
+[[instances]]
+role = "decode"
+pp = 3
+""",
     "prefill-first": '[[instances]]\nrole = "colocated"\npolicy = "prefill-first"\n',
 }
 

@@ -229,7 +229,7 @@ def test_a_port_in_use_is_one_line() -> None:
     ("plan", "cure"),
     [
         ('[[instances]]\nrole = "prefill"\n', "decode"),
-        ('[[instances]]\nrole = "colocated"\ntp = 2\n', "set both to 1"),
+        ('[[instances]]\nrole = "colocated"\npp = 3\n', "take 1 to 2"),
         ('[[instances]]\nrole = "colocated"\nkv_memory = "90TiB"\n', "lower --kv-memory"),
         ('[[instances]]\nrole = "colocated"\ndevices = [["node0:99"]]\n', "node0:99|99"),
     ],

@@ -51,6 +51,10 @@ class FakeModel:
     # How many tokens a request's answer has where nothing cuts it short: its last is then an end-of-sequence token.
     num_output: Callable[[Request], int] = lambda request: request.sampling.max_tokens + 1
 
+    def sharding(self, tp: int, pp: int) -> Sharding:
+        """Among the ranks of an instance. Raises `PlanError` where they do not fit."""
+        return Sharding(self.layout.num_kv_heads, split_layers(self.layout.num_layers, pp), tp)
+
 
 def parse_fake(model: str) -> FakeModel:
     """`fake:step=0.005,token=0.0001,output=50,verify=0,layers=6,heads=3`: seconds a step and a token of it, tokens of
@@ -107,7 +111,7 @@ class FakeExecutor(Executor):
     ) -> None:
         given = model.layout
         self.layout = KVLayout(given.num_layers, given.num_kv_heads, given.head_dim, options.block_size, given.dtype)
-        self.sharding = Sharding(given.num_kv_heads, split_layers(given.num_layers, options.pp), options.tp)
+        self.sharding = model.sharding(options.tp, options.pp)
         self.block_size = options.block_size
         row = self.layout.head_dim * self.layout.itemsize * options.block_size
         need = row * max(len(self._rows(rank)) for rank in range(self.sharding.num_ranks))

@@ -63,6 +63,7 @@ Metrics: {url}/metrics    Health: {url}/health    API: {url}/docs    Stop: Ctrl-
 def serve(options: ServeOptions) -> int:
     """Serves until a signal; returns the exit status. Raises `UsageError` for everything that the user can mend."""
     from distserve.engine import hub
+    from distserve.engine.fake import parse_fake
     from distserve.engine.parallel import check_degrees
     from distserve.serve.deployment import starts
     from distserve.serve.server import bind
@@ -77,8 +78,11 @@ def serve(options: ServeOptions) -> int:
     with bind(options.host, options.port) as listener:
         path = hub.resolve(DEMO_MODEL if is_fake(model) else model)
         spec = hub.read_spec(path)
-        for instances in () if is_fake(model) else plan.instances:
-            check_degrees(spec, instances.tp, instances.pp)
+        for instances in plan.instances:
+            if is_fake(model):
+                parse_fake(model).sharding(instances.tp, instances.pp)
+            else:
+                check_degrees(spec, instances.tp, instances.pp)
         found = starts(options, plan, model if is_fake(model) else str(path), spec)
         names = options.served_model_names or (model,)
         eventloop.run(_serve(options, names, str(path), spec, found, listener))
