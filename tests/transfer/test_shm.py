@@ -85,6 +85,10 @@ async def test_memory_that_is_gone_is_an_error() -> None:
     with pytest.raises(PullError) as caught:
         await target.transport.connect(replace(source.where, location=location))
     assert caught.value.reason == "gone"
+    for wrong in ("shm:", ";".join(paths), "shm:many;" + location):
+        with pytest.raises(PullError, match="which is no place") as refused:
+            await target.transport.connect(replace(source.where, location=wrong))
+        assert refused.value.reason == "transport"
     medium.close()
 
 

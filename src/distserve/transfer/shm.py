@@ -60,11 +60,15 @@ def cores() -> int:
 
 
 class _Attached:
-    """One source's memory as this process sees it."""
+    """One source's memory as this process sees it. Raises `PullError`."""
 
     def __init__(self, source: KVSource) -> None:
-        number, counts, *paths = source.location.removeprefix(f"{NAME}:").split(";")
-        num_blocks, layout = int(number), source.layout
+        layout = source.layout
+        match source.location.removeprefix(f"{NAME}:").split(";"):
+            case [number, counts, *paths] if number.isdecimal() and len(paths) == layout.sharding.num_ranks:
+                num_blocks = int(number)
+            case _:
+                raise PullError(f"{source.instance} offers its KV at {source.location}, which is no place", "transport")
         sizes = [num_blocks * layout.of_rank(rank).block_bytes for rank in range(len(paths))]
         self.generations = attach(counts, 8 * num_blocks).cast("Q")
         self.blocks = RankBlocks([attach(*found) for found in zip(paths, sizes, strict=True)], num_blocks, layout)
