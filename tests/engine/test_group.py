@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -22,7 +24,10 @@ from tests.engine.support import make_checkpoint
 from distserve.engine.base import EngineOptions, EngineResult, Executor
 from distserve.engine.executor import LocalExecutor
 from distserve.engine.group import GroupExecutor
+from distserve.engine.messages import Stage, encode
+from distserve.engine.worker import stage_blocks
 from distserve.errors import DistserveError, InstanceGone, RequestError, UsageError
+from distserve.line import WaitingLine
 from distserve.request import Request, SamplingParams, Token
 from distserve.sched.base import Batch, Sequence
 from distserve.sched.blocks import BlockPool
@@ -176,3 +181,27 @@ async def test_what_a_rank_cannot_load_is_said_once(tmp_path: Path, monkeypatch:
             await start(executor)
         since = time.monotonic()
         await assert_gone(processes, since)
+
+
+def test_kv_is_staged_on_a_line_of_its_own() -> None:
+    """As a rank on a GPU does it, in a thread beside the one that computes."""
+    ours, theirs = socket.socketpair()
+    moved: list[tuple[str, list[int]]] = []
+
+    class Device:
+        def export_blocks(self, blocks: list[int]) -> None:
+            moved.append(("out", blocks))
+
+        def import_blocks(self, blocks: list[int]) -> None:
+            moved.append(("in", blocks))
+
+    side, line = WaitingLine(theirs), WaitingLine(ours)
+    thread = threading.Thread(target=stage_blocks, args=(side, Device()))
+    thread.start()
+    for blocks, to_device in (([1, 2], False), ([5], True)):
+        line.send(encode(Stage(blocks, to_device)))
+        assert line.receive() == b""
+    assert moved == [("out", [1, 2]), ("in", [5])]
+    line.close()
+    thread.join()
+    side.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ from typing import Protocol
 
 from distserve.engine import hub
 from distserve.engine.base import EngineOptions, EngineResult, Executor
-from distserve.engine.messages import Begin, Begun, Computed, Failed, Progress, Step, decode_to_driver, encode
+from distserve.engine.messages import Begin, Begun, Computed, Failed, Progress, Stage, Step, decode_to_driver, encode
 from distserve.engine.parallel import Place, sharding_of
 from distserve.engine.state import RequestState
 from distserve.engine.step import plan_step
 from distserve.errors import DistserveError, InstanceGone, PlanError, UsageError
-from distserve.line import Line, adopt
+from distserve.line import Line, WaitingLine, adopt
 from distserve.request import Request
 from distserve.sched.base import Batch
 from distserve.sharding import Sharding
@@ -41,6 +42,7 @@ class RankProcess(Protocol):
 
     pid: int
     end: socket.socket  # this process's end
+    side: socket.socket  # and that of a second socket, for staging KV
 
     def kill(self) -> None: ...
 
@@ -84,6 +86,8 @@ class GroupExecutor(Executor):
         self._rendezvous = rendezvous
         self._name, self._log_level = name, log_level
         self._lines: list[Line] = []
+        self._sides = [WaitingLine(process.side) for process in processes]
+        self._staging = threading.Lock()
         self._progress = [(0.0, "starting")] * len(processes)
         self._tell: Callable[[float, str], None] = lambda fraction, what: None
         self._num_begun = 0
@@ -142,6 +146,8 @@ class GroupExecutor(Executor):
         self._end_ranks()
         for line in self._lines:
             line.close()
+        for side in self._sides:
+            side.close()
         self._fail(InstanceGone("the instance stops"))
         self._states.clear()
 
@@ -186,10 +192,22 @@ class GroupExecutor(Executor):
         return done
 
     def export_blocks(self, blocks: list[int]) -> None:
-        """Before others read `blocks` of the ranks' memory."""
+        """Before others read `blocks` of the ranks' memory. From any thread; returns when all ranks have done it."""
+        self._stage(Stage(blocks, to_device=False))
 
     def import_blocks(self, blocks: list[int]) -> None:
-        """After `blocks` were written in the ranks' memory."""
+        """After `blocks` were written in the ranks' memory, in the same way."""
+        self._stage(Stage(blocks, to_device=True))
+
+    def _stage(self, stage: Stage) -> None:
+        if self._options.device == "cpu":
+            return  # a rank's KV lies in that memory
+        with self._staging:
+            for side in self._sides:
+                side.send(encode(stage))
+            for rank, side in enumerate(self._sides):
+                if side.receive() is None:
+                    raise InstanceGone(f"rank {rank} is gone")
 
     def _computed(self, result: EngineResult) -> None:
         flight = self._flights.popleft()

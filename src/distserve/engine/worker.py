@@ -12,8 +12,10 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch.distributed  # here, so that whoever forks ranks has imported it before
 
@@ -21,7 +23,17 @@ from distserve.engine import collectives, kernels
 from distserve.engine.kv_cache import Buffer, KVCache
 from distserve.engine.loaded import Progress as Tell
 from distserve.engine.loaded import load
-from distserve.engine.messages import Begin, Begun, Computed, Failed, Progress, Step, decode_to_rank, encode
+from distserve.engine.messages import (
+    Begin,
+    Begun,
+    Computed,
+    Failed,
+    Progress,
+    Step,
+    decode_stage,
+    decode_to_rank,
+    encode,
+)
 from distserve.engine.parallel import Place
 from distserve.engine.runner import Runner
 from distserve.engine.state import RequestState
@@ -33,8 +45,9 @@ log = logging.getLogger(__name__)
 Attach = Callable[[str, int], Buffer]  # (where, bytes) -> writable memory that the driver has made
 
 
-def main(end: socket.socket, attach: Attach) -> int:
-    """The whole life of a rank on its `end` of a socket to its driver; returns the process's exit status."""
+def main(end: socket.socket, side: socket.socket, attach: Attach) -> int:
+    """The whole life of a rank on its ends of two sockets to its driver: `end` for steps, `side` for staging KV.
+    Returns the process's exit status."""
     line = WaitingLine(end)
     message = line.receive()
     if message is None:
@@ -48,15 +61,17 @@ def main(end: socket.socket, attach: Attach) -> int:
         stream=sys.stderr,
     )
     try:
-        return _live(line, begin, attach)
+        return _live(line, WaitingLine(side), begin, attach)
     except ConnectionError:
         log.info("the driver is gone; leaving")
         return 0
 
 
-def _live(line: WaitingLine, begin: Begin, attach: Attach) -> int:
+def _live(line: WaitingLine, side: WaitingLine, begin: Begin, attach: Attach) -> int:
     try:
         rank = _Rank(begin, attach, lambda fraction, what: line.send(encode(Progress(fraction, what))))
+        if begin.options.device != "cpu":
+            threading.Thread(target=stage_blocks, args=(side, rank.kv), name="stage", daemon=True).start()
         line.send(encode(Begun()))
         while (message := line.receive()) is not None:
             step = decode_to_rank(message)
@@ -74,6 +89,22 @@ def _live(line: WaitingLine, begin: Begin, attach: Attach) -> int:
         line.send(encode(Failed(f"{type(error).__name__}: {error}", usage=False)))
         return 1
     return 0
+
+
+class Staging(Protocol):
+    """What moves KV between a device and the memory that others see (`KVCache`)."""
+
+    def export_blocks(self, blocks: list[int]) -> None: ...
+
+    def import_blocks(self, blocks: list[int]) -> None: ...
+
+
+def stage_blocks(side: WaitingLine, kv: Staging) -> None:
+    """Moves KV as it is told, until the line ends; says after each move that it is done."""
+    while (message := side.receive()) is not None:
+        stage = decode_stage(message)
+        (kv.import_blocks if stage.to_device else kv.export_blocks)(stage.blocks)
+        side.send(b"")
 
 
 class _Rank:

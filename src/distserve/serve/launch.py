@@ -180,12 +180,12 @@ def has_ranks(config: InstanceConfig) -> bool:
     return config.engine.num_ranks > 1 and not is_fake(config.engine.model)
 
 
-def _rank(end: socket.socket) -> int:
+def _rank(end: socket.socket, side: socket.socket) -> int:
     """A rank's life."""
     from distserve.engine import worker
     from distserve.transfer.memory import attach
 
-    return worker.main(end, partial(attach, writable=True))
+    return worker.main(end, side, partial(attach, writable=True))
 
 
 def _drive(config: InstanceConfig, ranks: list[RankProcess], life_line: BinaryIO | None = None) -> int:
@@ -296,5 +296,5 @@ if __name__ == "__main__":
         weights = _Weights()
         sys.exit(fork_server(weights.preload, weights.live))
     if sys.argv[1:2] == ["rank"]:
-        sys.exit(as_rank(sys.argv[2], _rank))
+        sys.exit(as_rank(sys.argv[2], sys.argv[3], _rank))
     sys.exit(_main())

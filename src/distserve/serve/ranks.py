@@ -1,5 +1,6 @@
 """How the processes of an instance's ranks come to be: forks of the instance's own, or new interpreters (CUDA cannot be
-forked). Each waits on one end of a socket to be told which rank it is; what it then does is `engine/worker.py`.
+forked). Each has the ends of two sockets: on the first it waits to be told which rank it is, what it then does is
+`engine/worker.py`; the second is for moving KV between its device and the host's memory meanwhile.
 
     gateway -- fork server -- instance's process -- rank 0, rank 1, ...       each dies with the one before it
 
@@ -16,17 +17,18 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-Body = Callable[[socket.socket], int]  # a rank's life on its end of the socket; returns its exit status
+Body = Callable[[socket.socket, socket.socket], int]  # a rank's life on its two ends; returns its exit status
 
-COMMAND = (sys.executable, "-m", "distserve.serve.launch", "rank")  # and the number of a file: its end of the socket
+COMMAND = (sys.executable, "-m", "distserve.serve.launch", "rank")  # and the numbers of two files: its ends
 
 
 class RankProcess:
-    """A child of this process. `end`: this process's end of the socket to it."""
+    """A child of this process. `end`, `side`: this process's ends of the sockets to it."""
 
-    def __init__(self, pid: int, end: socket.socket) -> None:
+    def __init__(self, pid: int, end: socket.socket, side: socket.socket) -> None:
         self.pid = pid
         self.end = end
+        self.side = side
         self._status: int | None = None
 
     def kill(self) -> None:
@@ -46,15 +48,16 @@ def fork_ranks(count: int, body: Body) -> list[RankProcess] | int:
     """In this process: its new children. In a child: the exit status with which it is to leave, its life being over."""
     ranks: list[RankProcess] = []
     for _ in range(count):
-        ours, theirs = socket.socketpair()
+        (end, their_end), (side, their_side) = socket.socketpair(), socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            for end in (ours, *(rank.end for rank in ranks)):
-                end.close()  # or a sibling would not see that its driver is gone
+            for ours in (end, side, *(held for rank in ranks for held in (rank.end, rank.side))):
+                ours.close()  # or a sibling would not see that its driver is gone
             die_with_parent()
-            return body(theirs)
-        theirs.close()
-        ranks.append(RankProcess(pid, ours))
+            return body(their_end, their_side)
+        their_end.close()
+        their_side.close()
+        ranks.append(RankProcess(pid, end, side))
     return ranks
 
 
@@ -62,20 +65,22 @@ def spawn_ranks(count: int) -> list[RankProcess]:
     """New interpreters, which run `as_rank`."""
     ranks = []
     for _ in range(count):
-        ours, theirs = socket.socketpair()
-        theirs.set_inheritable(True)  # the one file that is: all others are closed on the way
-        command = (*COMMAND, str(theirs.fileno()))
-        ranks.append(RankProcess(os.posix_spawn(command[0], command, os.environ), ours))
-        theirs.close()
+        (end, their_end), (side, their_side) = socket.socketpair(), socket.socketpair()
+        for theirs in (their_end, their_side):
+            theirs.set_inheritable(True)  # no other file is: they are closed on the way
+        command = (*COMMAND, str(their_end.fileno()), str(their_side.fileno()))
+        ranks.append(RankProcess(os.posix_spawn(command[0], command, os.environ), end, side))
+        their_end.close()
+        their_side.close()
     return ranks
 
 
-def as_rank(descriptor: str, body: Body) -> int:
+def as_rank(end: str, side: str, body: Body) -> int:
     """In a new interpreter: its life."""
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # whoever started it ends it
-    return body(socket.socket(fileno=int(descriptor)))
+    return body(socket.socket(fileno=int(end)), socket.socket(fileno=int(side)))
 
 
 def end_ranks(ranks: list[RankProcess]) -> None:
