@@ -173,7 +173,6 @@ def test_a_bad_file_is_named(text: str, words: list[str], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("local", ["'local'", "a100-4x8"]),
         ("a100-4x", ["did you mean a100-4x8?"]),
         ("tpu-4x8", ["NAME-NODESxDEVICES", "a100"]),
         ("a100-0x8", ["'a100-0x8'", "nodes = 0"]),

@@ -40,9 +40,23 @@ def model_spec(name: str) -> ModelSpec:
     raise ModelError(f"there is no model {name!r} in the catalogue: {cure}, or a folder with its config.json")
 
 
+def canonical(name: str) -> str:
+    """The hub id that stands for a model's shape, in lower case: of an alias or a model of the same shape, what it
+    stands for; of any other name, itself."""
+    return _aliases().get(name.lower(), name).lower()
+
+
 def model_names() -> tuple[str, ...]:
     """Every hub id and alias, as it is written."""
     return tuple(_configs())
+
+
+@cache
+def _aliases() -> dict[str, str]:
+    """Hub id by alias, in lower case."""
+    source = resources.files("distserve").joinpath("data", "models.json")
+    aliases: dict[str, str] = json.loads(source.read_text(encoding="utf-8"))["aliases"]
+    return {alias.lower(): name for alias, name in aliases.items()}
 
 
 @cache

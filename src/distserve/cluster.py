@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from distserve import toml_file
+from distserve import machine, toml_file
 from distserve.errors import PlanError, UsageError
 from distserve.plan import parse_memory
 
@@ -35,6 +35,9 @@ KINDS: Mapping[str, tuple[str, float, float, str]] = {
     "l4": ("l4", 32e9, 12.5e9, "AWS g6.48xlarge: PCIe 4.0 x16, 100 Gbit/s a node"),
     "a10g": ("a10g", 32e9, 12.5e9, "AWS g5.48xlarge: PCIe 4.0 x16, 100 Gbit/s a node"),
 }
+LOCAL = "local"  # this machine
+# What its devices move between them where no costs say what was measured: a copy in memory, PCIe 4.0 x16.
+COPY, PCIE = 10e9, 32e9
 EXAMPLES = ("a100-4x8", "dgx-a100-4x8", "h100-1x8", "h100-4x8", "h200-1x8", "b200-1x8")
 
 
@@ -216,11 +219,8 @@ def parse_rate(name: str, value: Any) -> Any:
 
 
 def _built_in(name: str) -> Cluster:
-    if name == "local":
-        raise PlanError(
-            "the cluster 'local' (this machine) cannot be planned for yet: give a file, or a name such as "
-            f"{', '.join(EXAMPLES[:3])}"
-        )
+    if name == LOCAL:
+        return _local()
     found = _NAME.fullmatch(name.lower())
     if found and found["kind"] in KINDS:
         device, intra, inter, _ = KINDS[found["kind"]]
@@ -233,6 +233,13 @@ def _built_in(name: str) -> Cluster:
         f"did you mean {close[0]}?" if close else f"give a file, or NAME-NODESxDEVICES with NAME of {', '.join(KINDS)}"
     )
     raise PlanError(f"there is no cluster or file {name!r}: {cure}")
+
+
+def _local() -> Cluster:
+    """This machine's GPUs; where it has none, its cores, a device each."""
+    if machine.gpus():
+        return Cluster(machine.device_name("cuda"), 1, machine.gpus(), PCIE)
+    return Cluster(machine.device_name("cpu"), 1, len(machine.cores()), COPY)
 
 
 def _override(place: Any, table: Any) -> Override:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 from functools import cache
 from pathlib import Path
 
@@ -67,12 +68,16 @@ def gpu_memory(index: int) -> int:
 
 
 def device_name(device: str) -> str:
-    """What a cluster or a costs file calls a device of this machine: "cpu", or the GPU's name in the catalogue's manner
-    ("h200" of "NVIDIA H200", "a100-sxm4-80gb")."""
-    if device == "cpu":
-        return "cpu"
-    words = [word for word in gpu_name(0).lower().split() if word not in ("nvidia", "tesla", "geforce")]
-    return "-".join(words) or "cuda"
+    """What a cluster or a costs file calls a device of this machine: "cpu", or the GPU's name as the catalogue has it
+    ("h200" of "NVIDIA H200", "a100-80g" of "NVIDIA A100-SXM4-80GB")."""
+    return "cpu" if device == "cpu" else catalogue_name(gpu_name(0))
+
+
+def catalogue_name(name: str) -> str:
+    """Of a GPU, from its driver's name: without the maker, the socket and the kind of memory."""
+    words = re.split(r"[\s-]+", name.lower())
+    telling = [word for word in words if not re.fullmatch(r"nvidia|tesla|geforce|sxm\d?|hbm\w*", word)]
+    return re.sub(r"(\d)gb\b", r"\1g", "-".join(telling)) or "cuda"
 
 
 def gpu_name(index: int) -> str:

@@ -105,7 +105,6 @@ def test_json_on_stdout_is_alone_there_and_an_slo_out_of_reach_is_no_plan_but_na
     [
         ({"--cluster": "a100-1x9999999"}, ["devices"]),
         ({"--cluster": "nowhere"}, ["there is no cluster"]),
-        ({"--cluster": "local"}, ["local"]),
         ({"--model": "facebook/opt-14b"}, ["facebook/opt-14b", "did you mean"]),
         ({"--model": "facebook/opt-175b", "--cluster": "a100-1x2"}, ["no instance fits 2 devices"]),
         ({"-w": "sharegp"}, ["did you mean sharegpt"]),

@@ -15,16 +15,19 @@ HERE = ("cpu",)  # devices without a maker's name: whoever speaks of one means t
 DEFAULTS = ("a100-80g",)  # shipped costs that are taken unasked where they know the model on the device
 
 
-def choose_costs(model: str, device: str, costs: str | Path | None = None) -> Costs:
+def choose_costs(model: str, device: str | None, costs: str | Path | None = None, *, here: bool | None = None) -> Costs:
     """`costs`, a shipped name or a file; None: what is shipped for the model on the device, else measured operators
-    where their tables are installed, else the datasheet. Raises `UsageError` where the costs are for other models or
-    another device, or either is unknown."""
+    where their tables are installed, else the datasheet. `device` None: that of the costs. `here`: this machine is
+    meant, so that costs of another one say so in their notes (None: by the device). Raises `UsageError` where the costs
+    are for other models or another device, or either is unknown."""
     if costs is not None:
         profile = Profile.load(costs)
         found = profile.costs(model, spec=model_spec(model), device=device)
-        if device in HERE:
-            found.elsewhere = tuple(filter(None, [profile.elsewhere(machine.fingerprint(device))]))
+        if here or (here is None and profile.device in HERE):
+            ours = machine.fingerprint(machine.resolve_device("auto") if profile.device not in HERE else profile.device)
+            found.elsewhere = tuple(filter(None, [profile.elsewhere(ours)]))
         return found
+    assert device is not None, "without costs a device must be named"
     kind = device_of(device)
     spec = model_spec(model)
     for name in DEFAULTS:

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distserve.catalogue import model_spec
+from distserve.catalogue import canonical, model_spec
 from distserve.cluster import Cluster
 from distserve.costs import format
 from distserve.costs.devices import Device, assumed_cluster, catalogue
@@ -86,8 +86,10 @@ class Profile:
     def costs(self, model: str, *, spec: ModelSpec | None = None, device: str | None = None) -> ProfileCosts:
         """`spec`: the model's shape, where the catalogue does not know it. `device`: what the plan or cluster is made
         of (None: no matter). Raises `PlanError` where the file is for other models or another device."""
-        known = {known.lower(): known for known in self.contents.entries}
-        if model.lower() not in known:
+        known = {canonical(known): known for known in self.contents.entries}
+        known |= {known.lower(): known for known in self.contents.entries}
+        name = model.lower() if model.lower() in known else canonical(model)
+        if name not in known:
             raise PlanError(
                 f"the costs {self.name} are for {', '.join(self.contents.entries)}, not for {model}: give its own, or "
                 "none for an estimate"
@@ -97,7 +99,7 @@ class Profile:
                 f"the costs {self.name} are of the device {self.device}, not of {device}: give its own, or none for an "
                 "estimate"
             )
-        return ProfileCosts(self, known[model.lower()], spec or model_spec(model))
+        return ProfileCosts(self, known[name], spec or model_spec(model))
 
 
 class ProfileCosts:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from distserve import compiled
 from distserve.catalogue import model_spec
-from distserve.cluster import Cluster
+from distserve.cluster import LOCAL, Cluster
 from distserve.costs.choose import choose_costs
 from distserve.errors import UsageError
 from distserve.metrics import Targets
@@ -50,7 +50,7 @@ def run(options: Options) -> int:
     if options.plot is not None:
         plot.check(options.plot)
     cluster = Cluster.load(options.cluster)
-    costs = choose_costs(options.model, cluster.device, options.costs)
+    costs = choose_costs(options.model, cluster.device, options.costs, here=options.cluster == LOCAL or None)
     workload = Workload.load(options.workload).clipped(model_spec(options.model).max_model_len)
     demand = Demand(workload, Targets.parse(options.slo), options.attainment, options.cv, options.seed)
     wish = Wish(

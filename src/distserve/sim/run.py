@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from distserve import compiled, metrics
-from distserve.cluster import Cluster
+from distserve.cluster import LOCAL, Cluster
 from distserve.costs.base import Costs
 from distserve.costs.choose import choose_costs
 from distserve.errors import UsageError
@@ -95,9 +95,9 @@ def _costs(options: Options, plan: Plan, cluster: Cluster | None) -> Costs:
     if model is None:
         raise UsageError(f'{options.plan} names no model: add model = "..." to it, or give --model')
     device = options.device or (cluster.device if cluster is not None else plan.device)
-    if device is None:
+    if device is None and options.costs is None:
         raise UsageError(f'{options.plan} names no device: add device = "a100-80g" or so to it, or give --device')
-    return choose_costs(model, device, options.costs)
+    return choose_costs(model, device, options.costs, here=options.cluster == LOCAL or None)
 
 
 def _workload(options: Options, context: int) -> Workload:
