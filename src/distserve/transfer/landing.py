@@ -13,6 +13,7 @@ import numpy as np
 
 from distserve.errors import PullError
 from distserve.transfer.agent import Agent, Pieces, Read
+from distserve.transfer.memory import SharedMemory
 
 
 class Landing:
@@ -20,7 +21,10 @@ class Landing:
 
     def __init__(self, agent: Agent, size: int) -> None:
         self._agent = agent
-        self.memory = np.zeros((2, size), np.uint8)
+        memory = SharedMemory(2 * size)  # for its large pages
+        memory.touch(memory.size)
+        self.memory = np.frombuffer(memory.buffer, np.uint8).reshape(2, size)
+        memory.close()  # the array keeps it
         self.address = agent.register(self.memory.reshape(-1))
         self.size = size  # of a half
         self.source = ""  # name of the agent that the reads are of

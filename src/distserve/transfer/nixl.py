@@ -249,7 +249,7 @@ class NixlTransport:
         try:
             pieces = [(remote.generations + 8 * block, landing.address + 8 * i, 8) for i, block in enumerate(blocks)]
             self._wait(remote, landing.read(_merged(np.array(pieces, np.uint64))), give_up)
-            return list(map(int, landing.memory[0].view(np.uint64)[: len(blocks)]))
+            return list(map(int, landing.memory[0, : 8 * len(blocks)].view(np.uint64)))
         finally:
             self._landings.leave(landing)
 
