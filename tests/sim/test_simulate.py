@@ -164,6 +164,17 @@ def test_a_prompt_that_waited_for_a_starved_sequence_starts_in_the_next_step() -
     assert all(record.ok for record in run.records)
 
 
+def test_a_prompt_whose_last_piece_is_one_token_gets_its_first_token() -> None:
+    """Found by a comparison with the live server: that piece looks like a sequence that decodes."""
+    plan = Plan((spec(Role.COLOCATED, policy=Policy.CHUNKED, chunk_tokens=256),))
+    lonely = Workload("lonely", tuple(Arrival(float(i), n, 3) for i, n in enumerate((256, 257, 512, 513))), timed=True)
+    for record in imagine(plan, lonely, SmallCosts(1000)).records:
+        assert record.ttft is not None
+        assert record.ttft > 0
+        assert record.tpot is not None
+        assert record.tpot > 0
+
+
 def test_pipelines_overlap() -> None:
     """Two stages decode two batches at once: nearly twice the tokens of one stage after the other."""
     crowd = Workload("crowd", tuple(Arrival(0.0, 200, 150) for _ in range(64)), timed=True)

@@ -259,11 +259,13 @@ class Instance(Crew):
         lockstep, num, others, context, remaining = batch.lockstep, len(batch.members), batch.others, 0, 0
         if lockstep is not None:
             context, remaining = lockstep.context, self._ends_of(lockstep).steps()
-        tokens = 0
+        tokens, prompts = 0, False
         for sequence, n in others:
             life = known(sequence).life
             if life.started == NEVER:
                 life.started = now
+            if life.first == NEVER:
+                prompts = True  # also where a single token is left of one: it looks like a step that decodes
             if n > 1 or not sequence.num_computed:
                 tokens += n
         swap = 0.0
@@ -279,7 +281,7 @@ class Instance(Crew):
         for i in range(self._pp):
             time = stages[i] = max(time, stages[i]) + stage
         flight = Flight(self, batch, now, remaining)
-        flight.prompts, flight.stage = tokens > 0, stage
+        flight.prompts, flight.stage = prompts, stage
         self._take_off(flight, time)
 
     def _ends_of(self, lockstep: Clock) -> Ends:
