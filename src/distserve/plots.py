@@ -55,6 +55,8 @@ def distribution(axes: Any, name: str, sets: Sequence[tuple[str, Sequence[float]
         axes.axvline(target, color="tab:red", linestyle="--", label=f"target {target:g} s")
     if everything and everything[-1] > 20 * everything[len(everything) // 2] > 0:
         axes.set_xscale("log")
+    else:
+        axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=f"{name} (s)", ylabel="share of requests", ylim=(0, 1.02), title=name)
     if target is not None or any(label for label, _ in sets):
         axes.legend(fontsize="small")

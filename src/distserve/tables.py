@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.table import Table
 
@@ -35,26 +33,6 @@ def show_report(report: Report, title: str, goal: float | None, console: Console
     for app, attainment in report.by_app.items():
         table.add_row(*_app(app, attainment))
     console.print(table, highlight=False)
-
-
-def show_sweep(reports: Sequence[Report], goodput: float, goal: float, console: Console) -> None:
-    """All rates of a sweep, a line each, and the goodput."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    for column in ("rate", "attainment", "TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90", "failed"):
-        table.add_column(column, justify="right")
-    for r in reports:
-        table.add_row(
-            "-" if r.rate is None else f"{r.rate:g}/s",
-            f"{r.attainment.joint:.1%}",
-            milliseconds(r.ttft.p50),
-            milliseconds(r.ttft.p90),
-            milliseconds(r.tpot.p50),
-            milliseconds(r.tpot.p90),
-            str(r.counted - r.completed),
-        )
-    console.print(table, highlight=False)
-    answer = f"{goodput:g} requests/s" if goodput else "none of these rates"
-    console.print(f"goodput at {goal:.0%}: {answer}", highlight=False)
 
 
 def _requests(report: Report) -> str:

@@ -27,6 +27,7 @@ class Behaviour:
     merge: int = 1  # tokens in one network write
     status: int = 200  # of completions
     fail_every: int = 0  # every n-th request fails with 429
+    room: int | None = None  # requests at a time; more are refused with 429
     break_after: int | None = None  # drops the connection after this many tokens
     error_after: int | None = None  # sends an error event after this many tokens
     empty: bool = False  # 200 with a stream that holds nothing
@@ -45,6 +46,7 @@ class StandIn:
         self.behaviour = Behaviour()
         self.bodies: list[dict[str, Any]] = []
         self._changed = threading.Condition()
+        self._inside = 0
         self._stop: Callable[[], None] = lambda: None
         self.url = ""
 
@@ -88,6 +90,15 @@ class StandIn:
         with self._changed:
             self.bodies.append(body)
             self._changed.notify_all()
+        if self.behaviour.room is not None and self._inside >= self.behaviour.room:
+            return web.json_response({"error": {"message": "full"}}, status=429)
+        self._inside += 1
+        try:
+            return await self._answer(request, body)
+        finally:
+            self._inside -= 1
+
+    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         how = self.behaviour
         if how.held:
             await asyncio.to_thread(how.hold.wait, 60)

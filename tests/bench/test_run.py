@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.bench.standin import StandIn, serving
+from tests.bench.standin import StandIn, serving, tokens_of
 
 from distserve import cli
 
@@ -127,6 +127,86 @@ def test_a_sweep_reports_each_rate_and_the_goodput(bench: Bench, server: StandIn
     assert (report["goodput"], report["goal"]) == (100, 0.9)
 
 
+def test_a_sweep_writes_and_draws_all_its_runs(bench: Bench, server: StandIn, tmp_path: Path) -> None:
+    server.behaviour.first = 0.02
+    rows, drawing = tmp_path / "rows.csv", tmp_path / "p.svg"
+    status, out, _ = bench(
+        "--url", server.url, "-w", "humaneval", "--rates", "200,100", "-n", 100, "--scale", "1,0.02",
+        "--slo", "ttft=1ms", "--requests-out", rows, "--plot", drawing,
+    )  # fmt: skip
+    assert status == 0  # no goal was asked for
+    assert "goodput at 90%: none: not even 100 requests/s attain it" in out
+    table = list(csv.DictReader(rows.read_text().splitlines()))
+    assert [row["rate"] for row in table] == ["200"] * 100 + ["100"] * 100
+    assert b"<svg" in drawing.read_bytes()
+
+
+def test_prompts_of_another_rate_are_others(bench: Bench, server: StandIn) -> None:
+    """A server that keeps prefixes would know them."""
+    bench("--url", server.url, "-w", "humaneval", "--rates", "100,101", "-n", 10, "--scale", "1,0.02")
+    prompts = [tuple(body["prompt"]) for body in server.bodies]
+    assert len(set(prompts)) == len(prompts) == 20
+
+
+def test_the_goodput_is_searched_for(bench: Bench, server: StandIn) -> None:
+    server.behaviour.room, server.behaviour.first = 4, 0.05  # below 80 a second when they come evenly
+    status, report = bench.json(
+        "--url", server.url, "-w", "humaneval", "--find-goodput", "--rate", 40, "-n", 50, "--fixed",
+        "--scale", "1,0.001", "--slo", "ttft=5", "--devices", 2,
+    )  # fmt: skip
+    assert status == 0
+    low, high = report["goodput_interval"]
+    assert 1 < low <= report["goodput"] < high <= 160
+    assert report["goodput_per_device"] == report["goodput"] / 2
+    assert report["slo"] == {"ttft": 5, "tpot": None}
+    highest = max(report["runs"], key=lambda run: run["rate"])
+    assert highest["rate"] in (80, 160)
+    assert highest["requests"] <= 50  # it may end when the goal is out of reach
+    assert highest["attainment"]["joint"] < 0.9
+
+
+def test_targets_that_no_rate_meets(bench: Bench, server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distserve.bench.run._PAUSE", 0.0)
+    server.behaviour.first = 0.01
+    arguments = (
+        "--url", server.url, "-w", "humaneval", "--find-goodput", "--rate", 2000, "-n", 50, "--scale", "1,0.01"
+    )  # fmt: skip
+    status, out, _ = bench(*arguments, "--slo", "ttft=1ms")
+    assert status == 1
+    assert "goodput at 90%: none: not even 62.5 requests/s attain it" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--find-goodput",), "--find-goodput needs targets"),
+        (("--find-goodput", "--slo", "ttft=1", "--rates", "1,2"), "--rates and --find-goodput are both given"),
+        (("--plot", "p.pdf"), "ends in .png or .svg"),
+        (("--plot", "none/p.png"), "cannot be written"),
+        (("--text", "none.txt"), "--text none.txt: cannot be read: No such file"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(
+    bench: Bench, workload: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    status, _, err = bench("--url", "http://127.0.0.1:1", "-w", workload, *arguments)
+    assert status == 2
+    assert words in err
+
+
+def test_prompts_of_a_persons_own_text(bench: Bench, server: StandIn, workload: Path, tmp_path: Path) -> None:
+    text = tmp_path / "story.txt"
+    text.write_text("Which way, which road? None knew " * 20)
+    status, report = bench.json("--url", server.url, "-w", workload, "--endpoint", "chat", "--text", text)
+    assert (status, report["warnings"]) == (0, [])
+    assert sorted(tokens_of(body) for body in server.bodies) == [10 + i for i in range(30)]
+    assert "road? None knew" in server.bodies[-1]["messages"][0]["content"]
+    text.write_text(" \n")
+    assert bench("--url", server.url, "-w", workload, "--text", text)[0] == 2
+    text.write_bytes(b"\xff\xfe")
+    assert "not a text file" in bench("--url", server.url, "-w", workload, "--text", text)[2]
+
+
 def test_chat_with_text(bench: Bench, server: StandIn, workload: Path) -> None:
     server.behaviour.chat_role = True
     status, report = bench.json("--url", server.url, "-w", workload, "--endpoint", "chat", "-n", 5)
@@ -139,9 +219,10 @@ def test_requests_beyond_the_context_are_cut_and_said(bench: Bench, server: Stan
     server.behaviour.context = 20
     path = tmp_path / "w.jsonl"
     path.write_text('{"arrival": 0, "prompt_tokens": 100, "output_tokens": 5}\n')
-    _, report = bench.json("--url", server.url, "-w", path)
+    _, out, err = bench("--url", server.url, "-w", path, "--json", "-")
     assert len(server.bodies[0]["prompt"]) == 15
-    assert any("cut to the context of 20 tokens" in warning for warning in report["warnings"])
+    assert any("cut to the context of 20 tokens" in warning for warning in json.loads(out)["warnings"])
+    assert err.startswith("distserve: note: 1 of 1 requests were cut to the context of 20 tokens")  # before the load
 
 
 def test_ctrl_c_reports_what_was_measured(server: StandIn, tmp_path: Path) -> None:
@@ -161,6 +242,26 @@ def test_ctrl_c_reports_what_was_measured(server: StandIn, tmp_path: Path) -> No
     assert report["interrupted"]
     assert (report["requests"], report["completed"]) == (2, 2)
     assert any("1 requests in flight were dropped" in warning for warning in report["warnings"])
+
+
+def test_ctrl_c_in_a_sweep_keeps_what_it_has(server: StandIn, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    process = subprocess.Popen(
+        command(
+            "--url", server.url, "-w", "humaneval", "--rates", "1000,1", "-n", 20, "--scale", "1,0.01",
+            "--slo", "ttft=60", "--json", out,
+        ),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    server.wait_for(21)
+    process.send_signal(signal.SIGINT)
+    shown, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    report = json.loads(out.read_text())
+    assert report["interrupted"]
+    assert report["runs"][0]["requests"] == 20
+    assert "goodput at 90%: 1" in shown
 
 
 def test_ctrl_c_before_anything_is_quiet(server: StandIn, workload: Path) -> None:

@@ -68,11 +68,8 @@ def test_what_is_recorded_is_a_workload(tmp_path: Path, name: str) -> None:
     record.note(ended(2.0, 6, 0, error=OverloadedError("full", 1.0)))
     record.close()
     workload = Workload.load(path)
-    assert [(r.arrival, r.prompt_tokens, r.output_tokens) for r in workload] == [
-        (pytest.approx(0.0), 4, 1),
-        (pytest.approx(0.5, abs=1e-5), 5, 3),
-        (pytest.approx(1.5, abs=1e-5), 6, 2),
-    ]
+    assert [(r.prompt_tokens, r.output_tokens) for r in workload] == [(4, 1), (5, 3), (6, 2)]
+    assert [r.arrival for r in workload] == pytest.approx([0.0, 0.5, 1.5], abs=1e-5)
     assert workload.timed
 
 

@@ -6,6 +6,7 @@ goal to be met, or when all that count are over; until then the load goes on beh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +108,7 @@ class Watch:
     slo: SLO
     _warm: int = field(init=False)  # requests that load the server but do not count
     _left: int = field(init=False)  # that count and are not over
-    _may_miss: float = field(init=False)
+    _may_miss: int = field(init=False)
     _missed: int = 0
 
     def __post_init__(self) -> None:
@@ -116,7 +117,7 @@ class Watch:
         start = arrivals[0].arrival + self.offer.warmup
         self._warm = sum(request.arrival < start for request in arrivals[: until.requests])
         self._left = until.requests - self._warm
-        self._may_miss = (1 - until.goal) * self._left
+        self._may_miss = math.floor((1 - until.goal) * self._left + 1e-9)  # 1 - 0.9 is a little less than 0.1
 
     def __call__(self, number: int, result: Result) -> bool:
         assert self.offer.until is not None
@@ -163,12 +164,14 @@ def told(measure: Measure, devices: int | None, notes: Sequence[str], exact_leng
     )
     counted = [record for record in records if record.arrival - records[0].arrival >= warmup]
     growing = steady.growing(counted, slo)
-    unsteady = growing
-    if growing:
+    # a run that was stopped is short for another reason
+    whole = not run.dropped and (offer.until is None or len(records) == offer.until.requests)
+    unsteady = growing or (steady.short(counted) if whole and offer.workload.rate is not None else "")
+    if growing and offer.until is None:  # a search runs longer by itself
         warnings.append(
             f"queues still grow: {growing}; there may be no steady state at this rate, a longer run (-n) tells"
         )
-    elif offer.workload.rate is not None and not run.interrupted and (unsteady := steady.short(counted)):
+    elif unsteady and not growing:
         warnings.append(f"too short to settle: {unsteady}; offer more (-n)")
     bottleneck = "; ".join(_bottleneck(run, offer.workload.rate))
     if bottleneck:

@@ -57,6 +57,7 @@ def _attainment(axes: Any, outcomes: Sequence[Outcome], goal: float, goodput: fl
     if goodput:
         axes.axvline(goodput, color="tab:green", linewidth=1, label=f"goodput {goodput:.3g}/s")
     axes.set(xlabel="rate (requests/s)", ylabel="attainment", ylim=(-0.02, 1.02), title="attainment against rate")
+    axes.set_xlim(left=0)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
 
@@ -66,7 +67,7 @@ def _timeline(axes: Any, outcomes: Sequence[Outcome], names: Sequence[str]) -> N
     for number, (outcome, name) in enumerate(zip(outcomes, names, strict=True)):
         color = f"C{number}"
         in_flight, waiting = timelines(outcome.run.results, outcome.run.start, outcome.run.origin)
-        axes.step(*in_flight, where="post", color=color, linewidth=1, label=f"in flight {name}".rstrip())
+        axes.step(*in_flight, where="post", color=color, linewidth=1, label=name or "in flight")
         label = "waiting for a token" if len(outcomes) == 1 else None
         axes.step(*waiting, where="post", color=color, linewidth=1, linestyle=":", label=label)
     if len(outcomes) == 1 and outcomes[0].report.warmup:

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from distserve.bench.client import UNFINISHED
 from distserve.bench.measure import Measure, Outcome
 from distserve.bench.search import Found
 from distserve.tables import milliseconds
@@ -59,22 +60,24 @@ class _Board:
 @contextmanager
 def live(measure: Measure, title: str, before: Sequence[Outcome]) -> Iterator[None]:
     """Shows the load's progress on stderr, where that is a terminal, below what earlier runs said."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    terminal = Console(stderr=True)
+    if not terminal.is_terminal:
         say(f"{title}: {measure.load.total} requests")
         yield
         return
     board = _Board(measure, title, before)
-    with Live(get_renderable=board.__rich__, console=console, refresh_per_second=_REFRESH, transient=True):
+    with Live(get_renderable=board.__rich__, console=terminal, refresh_per_second=_REFRESH, transient=True):
         yield
 
 
 @contextmanager
 def steps(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar for what comes before the load; call it with how much is done."""
-    console = Console(stderr=True)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
-    if not console.is_terminal:
+    terminal = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=terminal, transient=True
+    )
+    if not terminal.is_terminal:
         yield lambda done: None
         return
     with bar:
@@ -84,35 +87,40 @@ def steps(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def sweep(outcomes: Sequence[Outcome]) -> Table:
     """All runs, a line each, by rate."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    for column in ("rate", "attainment", "95% sure", "TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90", "failed"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("rate", "attained", "95% sure", "TTFT p50", "p90", "TPOT p50", "p90", "failed", ""):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for outcome in sorted(outcomes, key=lambda outcome: outcome.report.rate or 0.0):
         r = outcome.report
         low, high = r.interval.joint
         table.add_row(
             "-" if r.rate is None else f"{r.rate:.3g}/s",
             f"{r.attainment.joint:.1%}",
-            f"{low:.1%} to {high:.1%}",
+            f"{low:.0%}-{high:.0%}",
             milliseconds(r.ttft.p50),
             milliseconds(r.ttft.p90),
             milliseconds(r.tpot.p50),
             milliseconds(r.tpot.p90),
-            str(r.counted - r.completed),
+            str(r.counted - r.completed - r.failed.get(UNFINISHED, 0)),
             "queues grow" if outcome.growing else "client too slow" if not outcome.kept_up else "",
         )
     return table
 
 
-def goodput(found: Found, goal: float, devices: int | None, lowest: float, console: Console) -> None:
+def goodput(found: Found, goal: float, devices: int | None, lowest: float, out: Console) -> None:
     """The answer of a sweep or a search. `lowest`: the lowest rate that was measured."""
     each = f", {found.rate / devices:.3g} per device" if devices else ""
     answer = f"{found.rate:.3g} requests/s{each}" if found.rate else f"none: not even {lowest:.3g} requests/s attain it"
-    console.print(f"[bold]goodput[/bold] at {goal:.0%}: {answer}", highlight=False)
+    out.print(f"[bold]goodput[/bold] at {goal:.0%}: {answer}", highlight=False)
     low = f"from {found.low:.3g}" if found.low else "below the lowest rate that was measured"
     high = f"to {found.high:.3g} requests/s" if found.high is not None else "; no rate was surely too high"
-    console.print(f"95% sure: {low} {high} ({found.why})".replace(" ;", ";"), highlight=False)
+    out.print(f"95% sure: {low} {high} ({found.why})".replace(" ;", ";"), highlight=False)
+
+
+def console(stderr: bool) -> Console:
+    """Where reports go; wide enough for a table where it is no terminal."""
+    found = Console(stderr=stderr, soft_wrap=True)
+    return found if found.is_terminal else Console(stderr=stderr, soft_wrap=True, width=100)
 
 
 def say(message: str) -> None:

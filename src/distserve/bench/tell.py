@@ -58,7 +58,7 @@ def tell(told: Told) -> int:
     if not told.outcomes:
         show.say("stopped before any request was over: nothing was measured")
         return 1 if told.dead else 130
-    console = Console(stderr=options.json_out == "-", soft_wrap=True)
+    console = show.console(stderr=options.json_out == "-")
     for outcome in told.outcomes:
         at = f"at {outcome.report.rate:.3g} requests/s: " if told.several and outcome.report.rate else ""
         for warning in outcome.warnings:
