@@ -27,8 +27,8 @@ from distserve.serve.gateway import Gateway, GatewayLimits
 from distserve.serve.instance import InstanceLoop, Wiring
 from distserve.serve.messages import (
     Meet,
+    Notice,
     Part,
-    Pulled,
     Ready,
     ToGateway,
     ToInstance,
@@ -175,7 +175,7 @@ class Rig:
             if node.remote.role is Role.DECODE and node.remote.alive:
                 node.remote.tell(Meet(node.remote.epoch, [s for s in sources if s.instance != node.remote.name]))
 
-    def _notify(self, address: str, notice: Pulled) -> None:
+    def _notify(self, address: str, notice: Notice) -> None:
         loop = self.nodes[address].loop
         if loop is not None:
             for _ in range(self.notices(notice)):

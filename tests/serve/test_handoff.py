@@ -13,7 +13,7 @@ from distserve.plan import Role
 from distserve.request import FinishReason
 from distserve.sched.policy import AdmissionPolicy
 from distserve.serve.gateway import GatewayLimits
-from distserve.serve.messages import Abort, Audit, Release, Step, Submit
+from distserve.serve.messages import Abort, Audit, Release, Renew, Step, Submit
 
 COLOCATED = {"colocated-0": Role.COLOCATED}
 
@@ -127,9 +127,11 @@ async def test_damaged_kv_is_counted_and_computed_again_never_answered() -> None
 
 
 async def test_a_lease_that_ends_during_the_wait_is_noticed_by_the_generation() -> None:
-    """Without audits nobody renews: prefill frees the blocks, others take them, and the late pull must see that."""
+    """Without audits and word from decode nobody renews: prefill frees the blocks, others take them, and the late pull
+    must see that."""
     async with Rig(disaggregated(), decode_blocks=5, lease=0.05, seconds=0.003) as rig:
         rig.to_instance = lambda message: 0 if isinstance(message, Audit) else 1
+        rig.notices = lambda message: 0 if isinstance(message, Renew) else 1
         found = await asyncio.gather(*(rig.answer(60, 12, seed) for seed in range(4)), return_exceptions=True)
         right = [await expected(60, 12, seed) for seed in range(4)]
         # The queue moves so slowly that some give up; whoever was answered was answered right.
@@ -137,6 +139,17 @@ async def test_a_lease_that_ends_during_the_wait_is_noticed_by_the_generation() 
             answer == good or isinstance(answer, InstanceError) for answer, good in zip(found, right, strict=True)
         )
         assert rig.metric("distserve:pull_failures_total", reason="generation") > 0
+        await rig.idle()
+
+
+async def test_a_request_that_waits_to_be_pulled_keeps_its_lease_without_the_gateway() -> None:
+    """The queue of the decode side is longer than a lease, no audit arrives: its own word is enough."""
+    async with Rig(disaggregated(), decode_blocks=5, lease=0.3, seconds=0.01) as rig:
+        rig.to_instance = lambda message: 0 if isinstance(message, Audit) else 1
+        found = await asyncio.gather(*(rig.answer(60, 12, seed) for seed in range(4)))
+        assert found == [await expected(60, 12, seed) for seed in range(4)]
+        assert rig.metric("distserve:pull_failures_total", reason="generation") == 0
+        rig.to_instance = lambda message: 1
         await rig.idle()
 
 

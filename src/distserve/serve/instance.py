@@ -22,6 +22,7 @@ from distserve.engine.base import EngineResult, Executor
 from distserve.errors import DistserveError, PullError, RequestError
 from distserve.request import Request
 from distserve.sched.base import Batch, HoldingScheduler, Outcome, PullingScheduler, Scheduler, Sequence, State
+from distserve.serve.live import Live, key_of
 from distserve.serve.messages import (
     Abort,
     Audit,
@@ -32,9 +33,11 @@ from distserve.serve.messages import (
     Failure,
     Meet,
     Name,
+    Notice,
     Part,
     Pulled,
     Release,
+    Renew,
     Step,
     Stop,
     Submit,
@@ -47,27 +50,6 @@ from distserve.serve.pace import Pace
 from distserve.transfer.base import KVHandle, KVSource, Source, Transport
 
 log = logging.getLogger(__name__)
-
-ATTEMPT_BITS = 8  # a sequence's id is the request's id and attempt in one integer: two attempts never collide here
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request as this instance knows it, and when what happened to it."""
-
-    request: Request  # the gateway's; the executor has a copy under the sequence's id
-    sequence: Sequence
-    handle: KVHandle | None
-    added: float
-    started: float = 0.0  # first batch, or start of the pull
-    pull: float = 0.0
-    pull_bytes: int = 0
-    ready: float = 0.0  # decode: end of the pull; else as `started`
-    timed: bool = False  # its Timing has been sent
-
-    @property
-    def name(self) -> Name:
-        return self.request.id, self.request.attempt
 
 
 @dataclass(slots=True)
@@ -87,7 +69,7 @@ class Wiring:
     publisher: Source
     transport: Transport | None  # decode only
     send: Callable[[ToGateway], None]
-    notify: Callable[[str, Pulled], None]  # a pulled notice to an address
+    notify: Callable[[str, Notice], None]  # to the address of a source
 
 
 class InstanceLoop:
@@ -101,7 +83,7 @@ class InstanceLoop:
         self._wiring = wiring
         self._clock = clock
         self._epoch = wiring.source.epoch
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, Live] = {}
         self._wake = asyncio.Event()
         self._stopping = False
         self._draining = False
@@ -185,7 +167,17 @@ class InstanceLoop:
         busy = self._clock() - self._oldest_since() if self._flights else 0.0
         expected = self._pace.expected(self._flights[0].batch.num_tokens) if busy else 0.0
         self._wiring.send(Beat(self._epoch, busy, expected, self._scheduler.load()))
+        self._renew_leases()
         self._wake.set()
+
+    def _renew_leases(self) -> None:
+        """Word to each source whose KV is still wanted here."""
+        wanted: dict[tuple[str, int], list[Name]] = {}
+        for live in self._live.values():
+            if live.handle is not None and live.sequence.state in (State.WAITING, State.PULLING):
+                wanted.setdefault((live.handle.source.notices, live.handle.source.epoch), []).append(live.name)
+        for (address, epoch), names in wanted.items():
+            self._wiring.notify(address, Renew(epoch, names))
 
     # -- what the step changed ----------------------------------------------------------------------------------------
 
@@ -209,7 +201,7 @@ class InstanceLoop:
                 self._publish(live)
         self._flush()
 
-    def _publish(self, live: _Live) -> None:
+    def _publish(self, live: Live) -> None:
         sequence, began = live.sequence, self._clock()
         generations, digest = self._wiring.publisher.publish(sequence.blocks)
         handle = KVHandle(
@@ -224,7 +216,7 @@ class InstanceLoop:
         self._handles.append(handle)
         self._publishing.append(self._clock() - began)
 
-    def _time(self, live: _Live) -> None:
+    def _time(self, live: Live) -> None:
         live.timed = True
         now = self._clock()
         queued = live.started - live.added
@@ -258,7 +250,7 @@ class InstanceLoop:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _pull(self, live: _Live, scheduler: PullingScheduler, transport: Transport) -> None:
+    async def _pull(self, live: Live, scheduler: PullingScheduler, transport: Transport) -> None:
         """One request's KV. A transport's failure or a digest that differs is tried once more; what else can happen
         will not get better."""
         assert live.handle is not None
@@ -294,12 +286,15 @@ class InstanceLoop:
                 self._submit(request, handle)
             case Abort(names=names):
                 for name in names:
-                    self._drop(_key(name))
+                    self._drop(key_of(name))
             case Release(names=names):
                 for name in names:
-                    self._release(_key(name))
+                    self._release(key_of(name))
             case Pulled(name=name):
-                self._release(_key(name))
+                self._release(key_of(name))
+            case Renew(names=names):
+                for name in names:
+                    self._renew(name)
             case Audit(awaited=awaited, held=held):
                 self._audit(awaited, held)
             case Meet(sources=sources):
@@ -315,11 +310,11 @@ class InstanceLoop:
 
     def _submit(self, request: Request, handle: KVHandle | None) -> None:
         name = (request.id, request.attempt)
-        key = _key(name)
+        key = key_of(name)
         if key in self._live:
             return  # said twice
         for older in range(1, request.attempt):
-            self._drop(_key((request.id, older)))
+            self._drop(key_of((request.id, older)))
         if self._draining:
             self._failures.append(Failure(*name, "draining", "the instance takes no new work"))
             return
@@ -337,7 +332,7 @@ class InstanceLoop:
             self._executor.forget(key)
             self._failures.append(Failure(*name, "request", str(error), error.param or ""))
             return
-        self._live[key] = _Live(request, sequence, handle, now)
+        self._live[key] = Live(request, sequence, handle, now)
 
     def _drop(self, key: int) -> None:
         """Abort. What a batch in flight is writing to is freed when that batch completes."""
@@ -346,7 +341,7 @@ class InstanceLoop:
 
     def _release(self, key: int) -> None:
         live = self._live.get(key)
-        if live is not None and _is_held(live):
+        if live is not None and live.is_held:
             scheduler: HoldingScheduler = self._scheduler  # type: ignore[assignment]  # only prefill holds
             self._forget(scheduler.release(key, self._clock()))
 
@@ -371,28 +366,20 @@ class InstanceLoop:
                 self._failures.append(Failure(*live.name, "pull", f"{instance} died before the pull", "gone"))
                 self._drop(key)
 
+    def _renew(self, name: Name) -> bool:
+        """Extends a lease; False where nothing is held."""
+        live = self._live.get(key_of(name))
+        if live is None or not live.is_held:
+            return False
+        scheduler: HoldingScheduler = self._scheduler  # type: ignore[assignment]  # only prefill holds
+        scheduler.renew(key_of(name), self._clock())
+        return True
+
     def _audit(self, awaited: list[Name], held: list[Name]) -> None:
-        now = self._clock()
-        for key in self._live.keys() - {_key(name) for name in awaited} - {_key(name) for name in held}:
+        for key in self._live.keys() - {key_of(name) for name in awaited} - {key_of(name) for name in held}:
             self._drop(key)
-        lost = [name for name in awaited if (live := self._live.get(_key(name))) is None or _is_held(live)]
-        gone = []
-        for name in held:
-            live = self._live.get(_key(name))
-            if live is not None and _is_held(live):
-                scheduler: HoldingScheduler = self._scheduler  # type: ignore[assignment]  # only prefill holds
-                scheduler.renew(_key(name), now)
-            else:
-                gone.append(name)
+        lost = [name for name in awaited if (live := self._live.get(key_of(name))) is None or live.is_held]
+        gone = [name for name in held if not self._renew(name)]
         if lost or gone:
             self._flush()  # a token that is on its way must arrive before the news that none will come
             self._wiring.send(Unknown(self._epoch, lost, gone))
-
-
-def _is_held(live: _Live) -> bool:
-    """Its answer is out, and its KV waits."""
-    return live.sequence.state is State.HELD
-
-
-def _key(name: Name) -> int:
-    return name[0] << ATTEMPT_BITS | name[1]

@@ -2,7 +2,7 @@
 
     gateway -> instance   Submit, Abort, Release, Audit, Meet, Part, Drain, Stop
     instance -> gateway   Loading, Ready, Fatal, Step (once a step), Beat, Unknown, Drained
-    decode -> prefill     Pulled
+    decode -> prefill     Pulled, Renew
 
 Every message names the epoch it belongs to; one of another epoch is ignored. A request is named by (id, attempt).
 """
@@ -162,7 +162,14 @@ class Pulled(Message, frozen=True):
     name: Name
 
 
-ToInstance = Submit | Abort | Release | Audit | Meet | Part | Drain | Stop | Pulled
+class Renew(Message, frozen=True):
+    """From the decode side, at every beat, to the epoch that holds the KV: these will still be pulled."""
+
+    names: list[Name]
+
+
+Notice = Pulled | Renew
+ToInstance = Submit | Abort | Release | Audit | Meet | Part | Drain | Stop | Notice
 ToGateway = Loading | Ready | Fatal | Step | Beat | Unknown | Drained
 
 encode = msgspec.msgpack.Encoder().encode

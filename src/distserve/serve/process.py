@@ -23,7 +23,7 @@ from distserve.sched.base import Scheduler
 from distserve.serve import eventloop
 from distserve.serve.config import InstanceConfig
 from distserve.serve.instance import InstanceLoop, Wiring
-from distserve.serve.messages import Fatal, Loading, Pulled, Ready, ToGateway, decode_to_instance, encode
+from distserve.serve.messages import Fatal, Loading, Notice, Ready, ToGateway, decode_to_instance, encode
 from distserve.serve.ranks import die_with_parent
 from distserve.serve.supervisor import BEAT
 from distserve.serve.switchboard import identity
@@ -156,7 +156,7 @@ class _Process:
         if not self._line.closed:  # else the gateway is gone, and this process is about to leave
             self._line.send(encode(message))
 
-    def _notify(self, address: str, notice: Pulled) -> None:
+    def _notify(self, address: str, notice: Notice) -> None:
         """One line a source; where the source is gone its lease is over anyway."""
         caller = self._callers.get(address)
         if caller is None:
@@ -164,7 +164,7 @@ class _Process:
         try:
             caller.send(encode(notice))
         except ConnectionError as error:
-            log.warning("pulled notice not sent to %s: %s", address, error)
+            log.warning("no notice sent to %s: %s", address, error)
 
     def _receive(self, message: bytes) -> None:
         if self._loop is not None:
