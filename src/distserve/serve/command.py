@@ -125,7 +125,8 @@ def serve(
     """Serve a model over the OpenAI API.
 
     Prefill instances read prompts; decode instances pull the KV cache from them and generate. Each is a process on
-    devices of its own, so neither slows the other. When both are ready the address is printed, with a curl line to try.
+    devices of its own, so neither slows the other; a plan gives either several, with its own tensor and pipeline
+    parallelism. When all are ready the address is printed, with a curl line to try.
 
     \b
     Examples:
