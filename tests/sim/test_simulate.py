@@ -166,7 +166,7 @@ def test_a_prompt_that_waited_for_a_starved_sequence_starts_in_the_next_step() -
 
 def test_a_prompt_whose_last_piece_is_one_token_gets_its_first_token() -> None:
     """Found by a comparison with the live server: that piece looks like a sequence that decodes."""
-    plan = Plan((spec(Role.COLOCATED, policy=Policy.CHUNKED, chunk_tokens=256),))
+    plan = Plan((InstanceSpec(Role.COLOCATED, policy=Policy.CHUNKED, chunk_tokens=256),))
     lonely = Workload("lonely", tuple(Arrival(float(i), n, 3) for i, n in enumerate((256, 257, 512, 513))), timed=True)
     for record in imagine(plan, lonely, SmallCosts(1000)).records:
         assert record.ttft is not None

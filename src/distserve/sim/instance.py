@@ -128,6 +128,7 @@ class Instance(Crew):
         self._reports = reports
         self._report = scheduler.load()
         self._ends: list[Ends] = []  # of each lockstep
+        self._remnants: list[Imagined] = []  # prompts of which one token is left: they go on like those that decode
 
     # -- what the world does to it -------------------------------------------------------------------------------------
 
@@ -231,7 +232,8 @@ class Instance(Crew):
         return end > now
 
     def _launch(self, batch: Batch, now: float) -> None:
-        times = self.scheduler.repeats(batch) if self._pp == 1 and batch.members else 1
+        alone = self._pp == 1 and batch.members and not self._remnants
+        times = self.scheduler.repeats(batch) if alone else 1
         if times > 1:
             self._launch_run(batch, now, times)
         else:
@@ -259,13 +261,11 @@ class Instance(Crew):
         lockstep, num, others, context, remaining = batch.lockstep, len(batch.members), batch.others, 0, 0
         if lockstep is not None:
             context, remaining = lockstep.context, self._ends_of(lockstep).steps()
-        tokens, prompts = 0, False
+        tokens = 0
         for sequence, n in others:
             life = known(sequence).life
             if life.started == NEVER:
                 life.started = now
-            if life.first == NEVER:
-                prompts = True  # also where a single token is left of one: it looks like a step that decodes
             if n > 1 or not sequence.num_computed:
                 tokens += n
         swap = 0.0
@@ -281,7 +281,7 @@ class Instance(Crew):
         for i in range(self._pp):
             time = stages[i] = max(time, stages[i]) + stage
         flight = Flight(self, batch, now, remaining)
-        flight.prompts, flight.stage = prompts, stage
+        flight.prompts, flight.stage = tokens > 0 or bool(self._remnants), stage
         self._take_off(flight, time)
 
     def _ends_of(self, lockstep: Clock) -> Ends:
@@ -320,8 +320,18 @@ class Instance(Crew):
         if self._reports:
             self._report = self.scheduler.load()
         self._tell(outcome, flight.prompts, now)
+        if flight.prompts:
+            self._note_remnants(flight.batch.others)
         self._idle_since = now
         self._kick(now)
+
+    def _note_remnants(self, others: list[Item]) -> None:
+        if self._remnants:
+            self._remnants = [sequence for sequence in self._remnants if sequence.life.first == NEVER]
+        for scheduled, _ in others:
+            sequence = known(scheduled)
+            if sequence.life.first == NEVER and sequence.num_tokens - sequence.num_computed == 1:
+                self._remnants.append(sequence)
 
     def _whose_last(self, flight: Flight) -> list[int]:
         """Ids of those who end with this flight's last step."""
