@@ -156,6 +156,6 @@ class Agent:
             with self._lock:
                 return function(*arguments)
         except self._gone as error:
-            raise PullError(f"the source is gone ({error})", "gone") from None
+            raise PullError(f"it is gone ({error})", "gone") from None
         except self._errors as error:
             raise PullError(f"NIXL failed ({error})", "transport") from None

@@ -140,7 +140,10 @@ class NixlTransport:
                 return
             self._check(key)
             self._refuse(source)
-            remote = await asyncio.get_running_loop().run_in_executor(self._threads, self._meet, source)
+            try:
+                remote = await asyncio.get_running_loop().run_in_executor(self._threads, self._meet, source)
+            except PullError as error:
+                raise PullError(f"{source.instance} cannot be reached: {error}", "gone") from None
             self._remotes[key] = remote
             if key in self._over:
                 self._forget(remote)
@@ -157,6 +160,7 @@ class NixlTransport:
         except PullError as error:
             if error.reason == "gone":  # should it only have been cut off, the next pull is to meet it again
                 self._forget(remote)
+                raise PullError(f"{handle.source.instance} cannot be reached: {error}", "gone") from None
             raise
         self._check(remote.key)
         return len(targets) * self._own.block_bytes
@@ -196,14 +200,12 @@ class NixlTransport:
 
     def _meet(self, source: KVSource) -> _Remote:
         """Reads a number: the first read is what makes the connection."""
-        remote = None
+        remote = _Remote.of(source, self._agent)
         try:
-            remote = _Remote.of(source, self._agent)
             self._generations(remote, [0], time.monotonic() + PATIENCE)
-        except PullError as error:
-            if remote is not None:
-                self._landings.forget(remote.agent)
-            raise PullError(f"{source.instance} cannot be reached: {error}", "gone") from None
+        except PullError:
+            self._landings.forget(remote.agent)
+            raise
         return remote
 
     def _read(self, remote: _Remote, handle: KVHandle, into: list[int]) -> None:
@@ -259,7 +261,7 @@ class NixlTransport:
         while not self._agent.done(read):
             self._check(remote.key)
             if time.monotonic() > give_up:
-                raise PullError(f"{remote.key[0]} does not answer", "transport")
+                raise PullError(f"no answer from {remote.key[0]}", "transport")
             time.sleep(pause)
             pause = min(2 * pause, 1e-3)
 
