@@ -85,12 +85,12 @@ class Cell:
 
     def latency_error(self, name: str, part: str) -> float | None:
         measured, predicted = self.latency(name, part)
-        return None if measured is None or predicted is None else predicted / measured - 1
+        return None if not measured or predicted is None else predicted / measured - 1
 
     def latency_noise(self, name: str, part: str) -> float | None:
         values = [value for r in self.measured if (value := getattr(getattr(r, name), part)) is not None]
         found = _apart(values)
-        return None if found is None else found / fmean(values)
+        return found / fmean(values) if found is not None and any(values) else None
 
     def to_dict(self) -> dict[str, Any]:
         return {

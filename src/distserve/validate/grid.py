@@ -46,13 +46,17 @@ class Lengths:
     workload: Workload
 
     @classmethod
-    def load(cls, text: str, context: int) -> Lengths:
+    def load(cls, text: str) -> Lengths:
         """`NAME|FILE[:PROMPT[,ANSWER]]`: factors of the lengths. Raises `UsageError`."""
         found = _SCALE.fullmatch(text)
         if found is None:
-            return cls(text, Workload.load(text).clipped(context))
+            return cls(text, Workload.load(text))
         prompt, answer = float(found["prompt"]), float(found["answer"] or found["prompt"])
-        return cls(text, Workload.load(found["name"]).scaled(prompt, answer).clipped(context))
+        return cls(text, Workload.load(found["name"]).scaled(prompt, answer))
+
+    def clipped(self, context: int) -> Lengths:
+        """Cut to the model's context; the workload's notes say how many requests that concerns."""
+        return replace(self, workload=self.workload.clipped(context))
 
 
 def load_plan(name: str) -> tuple[str, Plan]:

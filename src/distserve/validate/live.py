@@ -28,7 +28,8 @@ from distserve.profiler.live import Server
 from distserve.validate.record import Key, Measured
 from distserve.workload import Workload
 
-_WARM_UP = 8  # requests before anything counts: the first touch of memory and of code is slow
+# Requests, and requests/s, before anything counts: the first touch of memory and of code is slow.
+_WARM_UP, _WARM_UP_RATE = 8, 8.0
 _SAMPLE = re.compile(r"^(?P<name>[a-z_:]+)_(?P<part>sum|count)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
 _ROLE = re.compile(r'(?:role|phase)="([a-z]+)"')
 # What tells where time went, of the server's histograms (docs/reference/metrics.md).
@@ -57,8 +58,7 @@ class Site:
         self._salt = 0
 
     async def warm_up(self, workload: Workload) -> None:
-        rate = 1.0
-        await self._run(workload.draw(rate, _WARM_UP, cv=0).scaled(1.0, 0.25), 0.0, "warming up")
+        await self._run(workload.draw(_WARM_UP_RATE, _WARM_UP, cv=0).scaled(1.0, 0.25), 0.0, "warming up")
 
     async def measure(self, key: Key, workload: Workload, title: str) -> Measured | None:
         """A whole run; None: it was stopped. Raises `ServerDied`."""

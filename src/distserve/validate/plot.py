@@ -17,6 +17,11 @@ _MARKS = ("o", "s", "^", "v", "D")
 
 def draw(found: Comparison, goal: float, path: Path) -> None:
     """Writes a PNG or SVG."""
+    plots.save(picture(found, goal), path)
+
+
+def picture(found: Comparison, goal: float) -> Any:
+    """The figure."""
     workloads = list(dict.fromkeys(cell.workload for cell in found.cells))
     figure = plots.figure(14, 3.6 * len(workloads))
     panels = figure.subplots(len(workloads), 3, squeeze=False)
@@ -39,7 +44,7 @@ def draw(found: Comparison, goal: float, path: Path) -> None:
             axes.set_xlabel("rate (requests/s)")
             axes.grid(alpha=0.3)
     figure.suptitle("lines: predicted; marks: measured", fontsize="medium")
-    plots.save(figure, path)
+    return figure
 
 
 def _attainment(axes: Any, cells: Sequence[Cell], color: str, plan: str) -> None:

@@ -20,7 +20,7 @@ import uvloop
 from distserve import machine, plots
 from distserve.costs.base import Costs
 from distserve.costs.choose import choose_costs
-from distserve.costs.profile import Profile
+from distserve.costs.profile import Profile, ProfileCosts
 from distserve.errors import DistserveError, UsageError
 from distserve.outputs import check_writable
 from distserve.validate import grid, live, show, tell
@@ -86,8 +86,9 @@ def _begin(options: ValidateOptions) -> Validation:
                 f"--record {options.record} holds runs of {recording.model} on {recording.machine}, not of {model} on "
                 f"{here}: name another file"
             )
-    recording.begin()
+    workloads = {text: Lengths.load(text) for text in options.workloads or WORKLOADS}
     costs = _costs(options, model, here)
+    recording.begin()
     validation = Validation(options, costs, recording)
     for name, plan in plans.items():
         served = grid.pinned(plan, costs, model, device)
@@ -95,8 +96,8 @@ def _begin(options: ValidateOptions) -> Validation:
             recording.add_plan(name, plan, served)
         elif recording.given[name] != plan:
             raise UsageError(f"--record {options.record} has another plan {name}: rename the file, or record elsewhere")
-    for text in options.workloads or WORKLOADS:
-        validation.lengths[text] = lengths = Lengths.load(text, costs.spec.max_model_len)
+    for text, whole in workloads.items():
+        validation.lengths[text] = lengths = whole.clipped(costs.spec.max_model_len)
         for note in lengths.workload.notes:
             show.say(f"note: {text}: {note}")
     return validation
@@ -106,9 +107,12 @@ def _costs(options: ValidateOptions, model: str, here: str) -> Costs:
     """Says so where they are of another machine than the measurements."""
     assert options.costs is not None
     profile = Profile.load(options.costs)
+    found = choose_costs(model, profile.device, options.costs)
+    if isinstance(found, ProfileCosts):
+        found.elsewhere = ()  # this machine's matter only where something is measured on it
     if warning := profile.elsewhere(here):
-        show.say(f"warning: {warning.replace('this machine', 'what is compared')}")
-    return choose_costs(model, profile.device, options.costs)
+        show.say(f"warning: {warning.replace('this machine', 'the machine of the measurements')}")
+    return found
 
 
 def _choose(validation: Validation) -> None:

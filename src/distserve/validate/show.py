@@ -15,10 +15,18 @@ from distserve.metrics import SLO
 from distserve.tables import milliseconds
 from distserve.validate.compare import Capacity, Cell, Verdict
 
+_WIDE = 240  # characters
+
 
 def say(message: str) -> None:
     """A line of talk."""
     print(f"distserve: {message}", file=sys.stderr)
+
+
+def console(*, stderr: bool) -> Console:
+    """Whose tables keep their form where nobody looks at them: in a file or a pipe."""
+    found = Console(stderr=stderr, soft_wrap=True)
+    return found if found.is_terminal else Console(stderr=stderr, soft_wrap=True, width=_WIDE)
 
 
 def minutes(seconds: float) -> str:

@@ -7,8 +7,6 @@ import io
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-
 from distserve.costs.base import Costs
 from distserve.metrics import Record
 from distserve.outputs import write_json, write_text
@@ -28,7 +26,7 @@ def tell(validation: Validation) -> int:
     if not found.cells:
         show.say("nothing was measured")
         return 130 if validation.interrupted else 1
-    console = Console(stderr=options.json_out == "-", soft_wrap=True)
+    console = show.console(stderr=options.json_out == "-")
     show.cells(found.cells, console)
     show.capacities(found.capacities, options.goal, console)
     show.verdicts(found.verdicts, console)
