@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from distserve.engine.base import EngineOptions
-from distserve.engine.fake import FakeExecutor, FakeModel
+from distserve.engine.fake import TINY_LAYOUT, FakeExecutor, FakeModel
 from distserve.plan import Role
 from distserve.request import Request, SamplingParams, Token
 from distserve.sched.base import Scheduler
@@ -38,6 +38,7 @@ from distserve.serve.messages import (
 )
 from distserve.serve.rpc import RemoteInstance
 from distserve.serve.telemetry import Telemetry
+from distserve.specs import KVLayout
 from distserve.transfer.base import KVSource
 from distserve.transfer.layout import InstanceLayout
 from distserve.transfer.memory import SharedMemory
@@ -77,12 +78,15 @@ class Rig:
         lease: float = 5.0,
         limits: GatewayLimits | None = None,
         admission: AdmissionPolicy | None = None,
+        degrees: Mapping[str, tuple[int, int]] = {},  # (tp, pp) of an instance; (1, 1) where it is not named
+        layout: KVLayout = TINY_LAYOUT,
     ) -> None:
         self.to_instance: Filter = once
         self.to_gateway: Filter = once
         self.notices: Filter = once
         self._lease = lease
-        self._model = FakeModel(seconds=lambda batch: seconds)
+        self._degrees = degrees
+        self._model = FakeModel(seconds=lambda batch: seconds, layout=layout)
         self._epochs = itertools.count(1)
         self.nodes = {
             name: Node(RemoteInstance(name, role, time.monotonic), decode_blocks or num_blocks)
@@ -118,28 +122,35 @@ class Rig:
                     node.loop.beat()
                 node.remote.audit()
 
-    def _scheduler(self, role: Role, pool: BlockPool) -> Scheduler:
+    def _scheduler(self, role: Role, pool: BlockPool, pp: int) -> Scheduler:
         if role is Role.PREFILL:
-            return PrefillScheduler(pool, PrefillPolicy(max_batch_tokens=128, lease=self._lease))
+            prefill = PrefillPolicy(max_batch_tokens=128, lease=self._lease)
+            return PrefillScheduler(pool, prefill, max_in_flight=pp)
         if role is Role.DECODE:
-            return DecodeScheduler(pool, DecodePolicy(max_batch_size=32, chunk_tokens=64, watermark_blocks=1))
-        return ChunkedScheduler(pool, ColocatedPolicy(max_batch_size=32, chunk_tokens=64, watermark_blocks=1))
+            decode = DecodePolicy(max_batch_size=32, chunk_tokens=64, watermark_blocks=1)
+            return DecodeScheduler(pool, decode, max_in_flight=pp)
+        colocated = ColocatedPolicy(max_batch_size=32, chunk_tokens=64, watermark_blocks=1)
+        return ChunkedScheduler(pool, colocated, max_in_flight=pp)
 
     async def restart(self, name: str) -> None:
         """A new process under an old name, with a new epoch."""
         node = self.nodes[name]
         role, epoch = node.remote.role, next(self._epochs)
-        block_bytes = 2 * 2 * 4 * 4 * BLOCK  # FakeModel's layout: 2 layers, k and v, 1 head of 4 floats
+        tp, pp = self._degrees.get(name, (1, 1))
+        sharding, model = self._model.sharding(tp, pp), self._model.layout
+        held = max(len(sharding.layers(rank)) * len(sharding.heads(rank)) for rank in range(sharding.num_ranks))
+        block_bytes = held * 2 * model.head_dim * model.itemsize * BLOCK  # of the rank that holds most
         memories: list[SharedMemory] = []
 
         def allocate(size: int) -> memoryview:
             memories.append(SharedMemory(size))
             return memories[-1].buffer
 
-        options = EngineOptions(model="fake", block_size=BLOCK, kv_bytes=block_bytes * node.num_blocks)
+        kv_bytes = block_bytes * node.num_blocks
+        options = EngineOptions(model="fake", block_size=BLOCK, kv_bytes=kv_bytes, tp=tp, pp=pp)
         executor = FakeExecutor(options, self._model, kv_buffer_factory=allocate, verify=True)
         await executor.start(lambda fraction, what: None)
-        layout = InstanceLayout.of(executor.layout)
+        layout = InstanceLayout.of(executor.layout, tp, pp)
         source = ShmSource(memories, executor.num_blocks, layout)
         transport = ShmTransport(memories, executor.num_blocks, layout) if role is Role.DECODE else None
         node.pool = BlockPool(executor.num_blocks, BLOCK, source.generations)
@@ -151,7 +162,7 @@ class Rig:
                 asyncio.get_running_loop().call_soon(remote.receive, decode_to_gateway(encode(message)))
 
         loop = InstanceLoop(
-            self._scheduler(role, node.pool),
+            self._scheduler(role, node.pool, pp),
             executor,
             Wiring(where, source, transport, send, self._notify),
             time.monotonic,

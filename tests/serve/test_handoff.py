@@ -6,7 +6,7 @@ import asyncio
 import random
 
 import pytest
-from tests.serve.rig import Rig, disaggregated
+from tests.serve.rig import BLOCK, Rig, disaggregated
 
 from distserve.errors import InstanceError, OverloadedError, RequestError, UnavailableError
 from distserve.plan import Role
@@ -14,6 +14,7 @@ from distserve.request import FinishReason
 from distserve.sched.policy import AdmissionPolicy
 from distserve.serve.gateway import GatewayLimits
 from distserve.serve.messages import Abort, Audit, Release, Renew, Step, Submit
+from distserve.specs import KVLayout
 
 COLOCATED = {"colocated-0": Role.COLOCATED}
 
@@ -305,3 +306,45 @@ async def test_chaos_never_changes_an_answer_and_never_leaks(seed: int) -> None:
     assert len(answers) > 40
     for number, (num_prompt, max_tokens, answer) in answers.items():
         assert answer == await expected(num_prompt, max_tokens, number)
+
+
+# Any degrees on either side: 5 layers in up to 3 stages, 2 KV heads that up to 4 ranks share.
+SHARED = KVLayout(num_layers=5, num_kv_heads=2, head_dim=4, block_size=BLOCK, dtype="float32")
+DEGREES = [((1, 1), (2, 3)), ((4, 1), (1, 2)), ((2, 3), (2, 2)), ((1, 2), (4, 3)), ((2, 2), (1, 1))]
+
+
+@pytest.mark.parametrize(("prefill", "decode"), DEGREES, ids=str)
+async def test_any_degrees_hand_over_to_any(prefill: tuple[int, int], decode: tuple[int, int]) -> None:
+    degrees = {"prefill-0": prefill, "decode-0": decode}
+    asked = [(60, 20), (1, 40), (130, 30), (17, 3), (90, 25), (33, 12)]
+    async with Rig(disaggregated(), degrees=degrees, layout=SHARED, decode_blocks=24, seconds=0.0005) as rig:
+        answers = await asyncio.gather(*(rig.answer(*lengths, seed) for seed, lengths in enumerate(asked)))
+        assert rig.metric("distserve:handoffs_total") == len(asked)
+        await rig.idle()
+    assert answers == [await expected(*lengths, seed) for seed, lengths in enumerate(asked)]
+
+
+async def test_deaths_between_instances_of_different_degrees_leave_no_trace() -> None:
+    """Flights are cut off, pulls lose their source, and what was held is pulled by an instance of other degrees."""
+    degrees = {"prefill-0": (4, 1), "prefill-1": (1, 3), "decode-0": (2, 2), "decode-1": (1, 1)}
+    async with Rig(disaggregated(2, 2), degrees=degrees, layout=SHARED, seconds=0.001) as rig:
+        answers = [asyncio.create_task(rig.answer(50, 40, seed)) for seed in range(16)]
+        for victim in ("decode-0", "prefill-1", "decode-1", "prefill-0"):
+            await asyncio.sleep(0.04)
+            await rig.kill(victim)
+            await rig.restart(victim)
+        assert await asyncio.gather(*answers) == [await expected(50, 40, seed) for seed in range(16)]
+        await rig.idle()
+
+
+async def test_aborts_in_flight_free_their_blocks_when_the_flight_lands() -> None:
+    degrees = {"colocated-0": (1, 3)}
+    async with Rig(COLOCATED, degrees=degrees, layout=SHARED, seconds=0.003) as rig:
+        streams = [rig.gateway.generate(rig.request(40, 200, seed)) for seed in range(8)]
+        staying = asyncio.create_task(rig.answer(40, 30, 20))
+        for stream in streams:
+            await anext(aiter(stream))
+        for stream in streams:
+            stream.close()
+        assert await staying == await expected(40, 30, 20)
+        await rig.idle()
