@@ -16,12 +16,14 @@ raises `PullError`; bytes that were read under a broken promise are never used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from distserve.errors import PullError
-from distserve.transfer.layout import InstanceLayout
+from distserve.errors import PlanError, PullError
+from distserve.transfer.layout import InstanceLayout, reads
+
+Stage = Callable[[list[int]], None]  # moves blocks between the device and its host copy; nothing to do on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,22 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def refuse(source: KVSource, transport: str, layout: InstanceLayout) -> None:
+    """Raises `PullError("transport")`, with the cure, where an instance of this layout cannot pull from `source` by the
+    transport of that name."""
+    offered = source.location.partition(":")[0]
+    if offered != transport:
+        raise PullError(
+            f"{source.instance} offers its KV by {offered}, this instance pulls by {transport}: give both the same "
+            "--transport",
+            "transport",
+        )
+    try:
+        reads(source.layout, layout)
+    except PlanError as error:
+        raise PullError(f"{source.instance}: {error}", "transport") from None
 
 
 def check(handle: KVHandle, generations: Sequence[int], digests: Iterable[tuple[int, ...]]) -> None:

@@ -18,7 +18,7 @@ import functools
 import json
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -26,9 +26,9 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from distserve.errors import PlanError, PullError
+from distserve.errors import PullError
 from distserve.transfer.agent import Agent, Pieces, Read
-from distserve.transfer.base import KVHandle, KVSource, check
+from distserve.transfer.base import KVHandle, KVSource, Stage, check, refuse
 from distserve.transfer.blocks import RankBlocks
 from distserve.transfer.landing import Landings
 from distserve.transfer.layout import InstanceLayout, reads
@@ -40,7 +40,6 @@ PULLS = 4  # under way at once; more wait
 PATIENCE = 5.0  # seconds for an answer
 SLOWEST = 50e6  # bytes/s; a pull that takes longer than PATIENCE and its bytes at this rate has failed
 
-Stage = Callable[[list[int]], None]  # moves blocks between the device and its host copy; nothing to do on a CPU
 Key = tuple[str, int]  # instance, epoch
 
 
@@ -139,7 +138,7 @@ class NixlTransport:
             if key in self._remotes:
                 return
             self._check(key)
-            self._refuse(source)
+            refuse(source, NAME, self._own.layout)
             try:
                 remote = await asyncio.get_running_loop().run_in_executor(self._threads, self._meet, source)
             except PullError as error:
@@ -183,18 +182,6 @@ class NixlTransport:
     def _check(self, key: Key) -> None:
         if key in self._over or self._closing:
             raise PullError(f"epoch {key[1]} of {key[0]} is over", "gone")
-
-    def _refuse(self, source: KVSource) -> None:
-        if not source.location.startswith(f"{NAME}:"):
-            raise PullError(
-                f"{source.instance} offers its KV by {source.location.partition(':')[0]}, this instance pulls by "
-                f"{NAME}: give both the same --transport",
-                "transport",
-            )
-        try:
-            reads(source.layout, self._own.layout)
-        except PlanError as error:
-            raise PullError(f"{source.instance}: {error}", "transport") from None
 
     # -- in a thread --------------------------------------------------------------------------------------------------
 

@@ -16,17 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import TypeVar
 
-from distserve.errors import PlanError, PullError
-from distserve.transfer.base import KVHandle, KVSource, check
+from distserve.errors import PullError
+from distserve.transfer.base import KVHandle, KVSource, Stage, check, refuse
 from distserve.transfer.blocks import RankBlocks
-from distserve.transfer.layout import InstanceLayout, reads
+from distserve.transfer.layout import InstanceLayout
 from distserve.transfer.memory import SharedMemory, attach
 
 NAME = "shm"
 AT_ONCE = 32 << 20  # bytes; a pull this small is over before a thread would be worth its two changes
 
 T = TypeVar("T")
-Stage = Callable[[list[int]], None]  # moves blocks between the device and its host copy; nothing to do on a CPU
 
 
 class ShmSource:
@@ -95,21 +94,17 @@ class ShmTransport:
 
     async def connect(self, source: KVSource) -> None:
         key = (source.instance, source.epoch)
-        if key in self._over:
-            raise PullError(f"epoch {source.epoch} of {source.instance} is over", "gone")
         if key in self._attached:
             return
-        if not source.location.startswith(f"{NAME}:"):
-            raise PullError(
-                f"{source.instance} offers its KV by {source.location.partition(':')[0]}, this instance pulls by "
-                f"{NAME}: give both the same --transport",
-                "transport",
-            )
-        try:
-            reads(source.layout, self._own.layout)
-        except PlanError as error:
-            raise PullError(f"{source.instance}: {error}", "transport") from None
-        self._attached[key] = await self._in_thread(_Attached, source)
+        self._refuse_over(source)
+        refuse(source, NAME, self._own.layout)
+        attached = await self._in_thread(_Attached, source)
+        self._refuse_over(source)
+        self._attached[key] = attached
+
+    def _refuse_over(self, source: KVSource) -> None:
+        if (source.instance, source.epoch) in self._over:
+            raise PullError(f"epoch {source.epoch} of {source.instance} is over", "gone")
 
     async def pull(self, handle: KVHandle, into: list[int]) -> int:
         key = (handle.source.instance, handle.source.epoch)
@@ -126,8 +121,7 @@ class ShmTransport:
         else:
             digests = await self._copy(attached.blocks, handle.blocks, targets)
             await self._in_thread(self._finish, attached, handle, targets, digests)
-        if key in self._over:
-            raise PullError(f"{handle.source.instance} died during the pull", "gone")
+        self._refuse_over(handle.source)  # it died during the pull
         return size
 
     async def _copy(self, source: RankBlocks, blocks: Sequence[int], into: Sequence[int]) -> list[tuple[int, ...]]:
