@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
+from distserve.costs.fit import FEWEST
 from distserve.knee import SIZES
 
 Lengths = tuple[int, ...]  # of the prompts of a step
@@ -47,10 +48,10 @@ def prompts(within: Range, knee: int) -> list[Lengths]:
     alone = sorted({n for n in (SHORTEST, *SIZES) if n < longest} | {longest})
     found: list[Lengths] = [(n,) for n in alone]
     for number in TOGETHER:
-        for total in SIZES:
-            length = total // number
-            if SHORTEST <= length <= min(longest, within.room(number)) and total <= 2 * knee:
-                found.append((length,) * number)
+        most = min(longest, within.room(number))
+        lengths = [n for total in SIZES if total <= 2 * knee and SHORTEST <= (n := total // number) <= most]
+        if len(lengths) >= FEWEST:  # else what is between and beyond them would be a guess
+            found += [(n,) * number for n in lengths]
     return found
 
 

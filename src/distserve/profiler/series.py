@@ -15,7 +15,7 @@ from statistics import median
 
 ENOUGH = 4  # values before anything is believed
 NEAR = 1.15  # times the lower quartile: values above are guests'
-STEADY = 0.015  # standard error of the median, relative, at which no more is needed
+STEADY = 0.025  # standard error of the median, relative, at which no more is needed
 
 
 @dataclass(slots=True)

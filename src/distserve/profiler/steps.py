@@ -16,8 +16,7 @@ from distserve.request import Request, SamplingParams
 from distserve.sched.base import Batch
 from distserve.sched.base import Sequence as Scheduled
 
-_PRIME = 7919  # spreads token ids over the first thousand of the vocabulary: each prompt reads other embeddings
-_IDS = 997
+_PRIME, _IDS = 7919, 61  # prompts are spread over so many token ids, which the smallest vocabulary has
 _SPARE = 64  # tokens that a decoding sequence has left before it ends
 
 

@@ -72,7 +72,10 @@ class Remote:
         self._writer.write(encode(message) + b"\n")
 
     async def _hear(self) -> FromWorker:
-        line = await self._reader.readline()
+        try:
+            line = await self._reader.readline()
+        except ConnectionError:
+            line = b""
         if not line:
             raise WorkerDied("the engine's process ended in the middle of a measurement: is there memory enough?")
         said: FromWorker = decode_from_worker(line)
