@@ -250,6 +250,14 @@ class TransportContract:
                 await pull
             assert caught.value.reason == "gone"
 
+    async def test_contact_that_is_made_when_its_source_dies_is_none(self, medium: Medium) -> None:
+        source, target, _ = self.pair(medium, (2, 1), (1, 2))
+        contact = asyncio.create_task(target.transport.connect(source.where))
+        await asyncio.sleep(0)
+        target.transport.disconnect("prefill-0", 1)
+        await asyncio.gather(contact, return_exceptions=True)
+        assert await self.reason(target, source.handle([1])) == "gone"
+
     async def test_a_killed_source_is_an_error_or_the_right_bytes_never_a_wait(self, medium: Medium) -> None:
         if not medium.lives_in_processes:
             pytest.skip("both ends live in one process")
