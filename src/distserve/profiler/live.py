@@ -78,6 +78,11 @@ class Server:
         )
         return self
 
+    @property
+    def pid(self) -> int:
+        """Of its first process, and the session of all of them."""
+        return self._process.pid
+
     async def ready(self) -> None:
         began = time.monotonic()
         while not await _healthy(self.url):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from statistics import fmean
 from typing import Any
@@ -21,6 +21,7 @@ from distserve.costs.base import Costs
 from distserve.metrics import SLO, Record, Report, report
 from distserve.plan import Plan
 from distserve.sim.simulate import Imagination, imagine
+from distserve.validate.explain import Steps, as_measured, steps
 from distserve.validate.record import Measured
 
 STEEP = (0.05, 0.95)  # attainments between which a small change of the load is a large one of the answer
@@ -33,6 +34,7 @@ class Runs:
 
     measured: tuple[Measured, ...]  # by repeat; at least one
     imagined: Imagination
+    as_measured: Imagination | None = None  # with steps as long as those of the first run were
 
     @property
     def predicted(self) -> tuple[Record, ...]:
@@ -47,6 +49,7 @@ class Cell:
     slo: SLO
     measured: tuple[Report, ...]  # of each run
     predicted: Report
+    with_its_steps: Report | None = None  # predicted with steps as long as they were
 
     @property
     def plan(self) -> str:
@@ -72,6 +75,16 @@ class Cell:
     @property
     def error(self) -> float:
         return self.predicted.attainment.joint - self.attainment
+
+    @property
+    def rest(self) -> float | None:
+        """The error that is left where steps are as long as they were."""
+        return None if self.with_its_steps is None else self.with_its_steps.attainment.joint - self.attainment
+
+    @property
+    def steps(self) -> dict[str, Steps]:
+        """By role, of the first run."""
+        return steps(self.runs.measured[0], self.runs.imagined)
 
     @property
     def noise(self) -> float | None:
@@ -101,6 +114,8 @@ class Cell:
             "slo": {"ttft": self.slo.ttft, "tpot": self.slo.tpot},
             "measured": [r.to_dict() for r in self.measured],
             "predicted": self.predicted.to_dict(),
+            "predicted_with_measured_steps": self.with_its_steps.to_dict() if self.with_its_steps else None,
+            "steps": {role: asdict(each) for role, each in self.steps.items()},
             "attainment_error": self.error,
             "attainment_noise": self.noise,
             "errors": {f"{name}_{part}": self.latency_error(name, part) for name, part in LATENCIES},
@@ -127,7 +142,7 @@ def grouped(runs: Iterable[Measured]) -> list[tuple[Measured, ...]]:
 
 def lived(group: tuple[Measured, ...], plan: Plan, costs: Costs) -> Runs:
     """Raises what `imagine` raises."""
-    return Runs(group, imagine(plan, group[0].workload(), costs))
+    return Runs(group, imagine(plan, group[0].workload(), costs), as_measured(group[0], plan, costs))
 
 
 def judged(runs: Runs, slo: SLO) -> Cell:
@@ -136,8 +151,12 @@ def judged(runs: Runs, slo: SLO) -> Cell:
     measured = tuple(
         report(run.records, slo, end=run.end, rate=rate, warmup=run.warmup, seed=seed) for run in runs.measured
     )
-    predicted = report(runs.predicted, slo, end=runs.imagined.end, rate=rate, warmup=first.warmup, seed=seed)
-    return Cell(runs, slo, measured, predicted)
+
+    def imagined(found: Imagination) -> Report:
+        return report(found.records, slo, end=found.end, rate=rate, warmup=first.warmup, seed=seed)
+
+    slower = imagined(runs.as_measured) if runs.as_measured is not None else None
+    return Cell(runs, slo, measured, imagined(runs.imagined), slower)
 
 
 # -- capacity ---------------------------------------------------------------------------------------------------------
@@ -242,6 +261,7 @@ def verdicts(cells: Sequence[Cell], found: Sequence[Capacity]) -> list[Verdict]:
             [c.noise for c in steep],
             points=True,
         ),
+        _verdict("attainment, with steps as they were", 0.02, [c.rest for c in good], [], points=True),
         _verdict("capacity at the SLO", 0.05, [c.error for c in found], []),
         latency("ttft", "p50", 0.1),
         latency("ttft", "p90", 0.1),

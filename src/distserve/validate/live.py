@@ -25,11 +25,13 @@ from distserve.bench.runner import Runner
 from distserve.errors import DistserveError
 from distserve.plan import Plan
 from distserve.profiler.live import Server
+from distserve.validate import weather
 from distserve.validate.record import Key, Measured
 from distserve.workload import Workload
 
 # Requests, and requests/s, before anything counts: the first touch of memory and of code is slow.
 _WARM_UP, _WARM_UP_RATE = 8, 8.0
+_CALM = 0.1  # cores that others may use before it is said
 _SAMPLE = re.compile(r"^(?P<name>[a-z_:]+)_(?P<part>sum|count)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
 _ROLE = re.compile(r'(?:role|phase)="([a-z]+)"')
 # What tells where time went, of the server's histograms (docs/reference/metrics.md).
@@ -52,9 +54,10 @@ class ServerDied(DistserveError):
 class Site:
     """One running server."""
 
-    def __init__(self, client: Client, runner: Runner) -> None:
+    def __init__(self, client: Client, runner: Runner, session: int | None = None) -> None:
         self._client = client
         self._runner = runner
+        self._session = session  # of the server's processes; None: not known
         self._salt = 0
 
     async def warm_up(self, workload: Workload) -> None:
@@ -62,15 +65,15 @@ class Site:
 
     async def measure(self, key: Key, workload: Workload, title: str) -> Measured | None:
         """A whole run; None: it was stopped. Raises `ServerDied`."""
-        before = await self._scrape()
+        before, clocks = await self._scrape(), weather.look(self._session)
         outcome = await self._run(workload, metrics.default_warmup(workload.span), title, key.seed)
         if outcome is None or outcome.run.interrupted:
             return None
         if not await servers.alive(self._client):
             failed = sum(not record.ok for record in outcome.records)
             raise ServerDied(f"the server died in the middle of {key}: {failed} of {len(workload)} requests failed")
-        after = await self._scrape()
-        return _measured(key, outcome, {name: after[name] - before.get(name, 0.0) for name in after})
+        after, meanwhile = await self._scrape(), weather.between(clocks, weather.look(self._session))
+        return _measured(key, outcome, {name: after[name] - before.get(name, 0.0) for name in after}, meanwhile)
 
     async def _run(self, workload: Workload, warmup: float, title: str, seed: int | None = None) -> Outcome | None:
         self._salt += 1
@@ -96,7 +99,7 @@ def parse(text: str) -> dict[str, float]:
     return found
 
 
-def _measured(key: Key, outcome: Outcome, server: dict[str, float]) -> Measured:
+def _measured(key: Key, outcome: Outcome, server: dict[str, float], meanwhile: dict[str, float]) -> Measured:
     run = outcome.run
     late, lag = lateness(run)
     client = {
@@ -104,7 +107,14 @@ def _measured(key: Key, outcome: Outcome, server: dict[str, float]) -> Measured:
         "late_p99": late,
         "lag_p99": lag,
         "sent_share": sent_share(run),
+        **meanwhile,
     }
+    warnings = list(outcome.warnings)
+    if meanwhile.get("others", 0.0) + meanwhile.get("stolen", 0.0) > _CALM:
+        warnings.append(
+            f"other programs used {meanwhile['others']:.0%} of a core meanwhile, and the machine's host took "
+            f"{meanwhile['stolen']:.0%}: the live side is slower than on a quiet machine"
+        )
     return Measured(
         key,
         outcome.report.warmup,
@@ -113,7 +123,7 @@ def _measured(key: Key, outcome: Outcome, server: dict[str, float]) -> Measured:
         client,
         outcome.bottleneck if not outcome.kept_up else "",
         {name: value for name, value in server.items() if not math.isnan(value)},
-        tuple(outcome.warnings),
+        tuple(warnings),
     )
 
 
@@ -127,17 +137,18 @@ async def site(plan: Plan, *, url: str | None, seed: int) -> AsyncIterator[Site]
             file.write_text(plan.to_toml(), encoding="utf-8")
             child = await stack.enter_async_context(Server(["--plan", str(file), "--log-level", "warning"]))
             await child.ready()
-            url = child.url
+            yield await connected(stack, child.url, seed, session=child.pid)
+            return
         yield await connected(stack, url, seed)
 
 
-async def connected(stack: AsyncExitStack, url: str, seed: int, model: str | None = None) -> Site:
-    """To any OpenAI server. Raises `NoServerError`."""
+async def connected(stack: AsyncExitStack, url: str, seed: int, session: int | None = None) -> Site:
+    """To any OpenAI server; `session` of its processes where they are ours. Raises `NoServerError`."""
     options = BenchOptions(url=url, seed=seed)
     client = await stack.enter_async_context(Client(options.url, api_key=None, timeout=options.timeout))
-    server = await servers.look(client, model)
+    server = await servers.look(client, None)
     prompts = await making.learn(client, server, chat=False, kind="auto", seed=seed)
-    return Site(client, Runner(options, client, server, prompts))
+    return Site(client, Runner(options, client, server, prompts), session)
 
 
 def seconds_of(cells: Sequence[Key], duration: float, requests: int | None) -> float:

@@ -66,6 +66,7 @@ def _table(found: Sequence[Cell]) -> Table:
         table.add_column(f"attainment\n{brief(slo)}", justify="right")
     for name in ("TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90"):
         table.add_column(f"{name}\nmeasured, predicted", justify="right")
+    table.add_column("steps\nmeasured, predicted", justify="right")
     table.add_column("")
     by_rate: dict[float, list[Cell]] = {}
     for cell in sorted(found, key=lambda cell: cell.rate):
@@ -76,7 +77,9 @@ def _table(found: Sequence[Cell]) -> Table:
             latency_pair(row[0], *name.lower().split()) for name in ("TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90")
         ]
         attainments = [attainment_pair(judged[slo]) if slo in judged else "" for slo in slos]
-        table.add_row(f"{rate:g}/s", *attainments, *latencies, "client too slow" if row[0].spoiled else "")
+        table.add_row(
+            f"{rate:g}/s", *attainments, *latencies, step_pairs(row[0]), "client too slow" if row[0].spoiled else ""
+        )
     return table
 
 
@@ -90,6 +93,14 @@ def latency_pair(cell: Cell, name: str, part: str) -> str:
     error = cell.latency_error(name, part)
     relative = f" ({100 * error:+.0f}%)" if error is not None else ""
     return f"{milliseconds(measured)}, {milliseconds(predicted)}{relative}"
+
+
+def step_pairs(cell: Cell) -> str:
+    """The mean step of each role."""
+    return "; ".join(
+        f"{role} {milliseconds(each.measured)}, {milliseconds(each.predicted)} ({100 * (1 / each.ratio - 1):+.0f}%)"
+        for role, each in cell.steps.items()
+    )
 
 
 def brief(slo: SLO) -> str:
