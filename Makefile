@@ -46,6 +46,8 @@ bench: setup ## every benchmark; VLLM_PYTHON=path/to/python adds vLLM's column (
 	$(BIN)/python -m benchmarks.search
 	$(BIN)/python -m benchmarks.resharding
 	$(BIN)/python -m benchmarks.roofline
+	$(BIN)/python -m benchmarks.client
+	$(BIN)/python -m benchmarks.recording
 
 paper: $(VENV)/.installed ## the paper's figures and tables, simulated beside its numbers: docs/guides/paper.md (minutes)
 	$(BIN)/python -m experiments $(ARGS)

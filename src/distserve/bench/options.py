@@ -66,6 +66,8 @@ class BenchOptions:
             raise UsageError(f"--warmup {self.warmup:g} must be 0 seconds or more")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise UsageError(f"--timeout {self.timeout:g} must be above 0 seconds")
+        if self.context is not None and self.context < 2:
+            raise UsageError(f"--context {self.context} must be at least 2 tokens (one of prompt, one of answer)")
         if len(self.scale) > 2:
             raise UsageError("--scale takes one factor, or two: prompts,answers")
         if self.find_goodput and len(self.rates) > 1:
