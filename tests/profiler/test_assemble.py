@@ -86,8 +86,8 @@ def test_what_was_measured_is_what_a_simulator_reads() -> None:
     assert engine.pull_bandwidth == pytest.approx(6e9, rel=1e-3)
     assert engine.pull == pytest.approx(0.003, rel=1e-3)
     assert costs.kv_blocks(1, 1) == (1 << 30) // (32 * 23_040)
-    assert table["machine"]["prefill_beside"] == {"decode": 1.1}
-    assert table["machine"]["decode_beside"] == {"prefill": 1.0}  # nothing gets faster beside others
+    assert table["engine"]["prefill_beside"] == {"decode": 1.1}
+    assert table["engine"]["decode_beside"] == {"prefill": 1.0}  # nothing gets faster beside others
     errors = table["models"]["demo"]["1"]["error"]
     assert errors["prefill"]["left_out_mean"] < 1e-3
     assert errors["mixed"]["max"] < 1e-3

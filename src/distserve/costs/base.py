@@ -13,6 +13,14 @@ from distserve.specs import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbour:
+    """How many times as long a step takes while an instance on a device beside it computes prompts, or decodes."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """An engine's habits: what it costs beside arithmetic, and how it batches where a plan does not say. The defaults
     are those of this project's own engine, with costs of nothing where nothing was measured."""
@@ -37,6 +45,8 @@ class Engine:
     watermark_blocks: int = 4
     kv_memory: int | None = None  # bytes of KV on a device where a plan does not say; None: what the weights leave
     micro_batches: Literal["even", "joined"] = "even"
+    prefill_beside: Neighbour = field(default_factory=Neighbour)  # of steps with prompts
+    decode_beside: Neighbour = field(default_factory=Neighbour)
 
 
 class Costs(Protocol):

@@ -196,7 +196,11 @@ def decode_unseen(points: Sequence[DecodePoint]) -> list[float]:
 def _unseen(points: Sequence[Point], predict: Callable[[Sequence[Point], Point], float]) -> list[float]:
     if len(points) <= FEWEST:
         return []
-    return [predict([*points[:i], *points[i + 1 :]], point) / point.seconds - 1 for i, point in enumerate(points)]
+    errors = []
+    for i, point in enumerate(points):
+        others = [other for j, other in enumerate(points) if j != i]
+        errors.append(predict(others, point) / point.seconds - 1)
+    return errors
 
 
 def _with_left_out(error: Error, errors: Sequence[float]) -> Error:

@@ -33,22 +33,12 @@ _MAY_BE_ZERO = ("watermark_blocks", "layer_vectors")  # of whole numbers
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbour:
-    """How many times as long a step takes while a device beside it computes."""
-
-    prefill: float = 1.0  # prompts
-    decode: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
 class Machine:
     """Where it was measured. `memory` and `link_bandwidth` are needed where the catalogue does not know the device."""
 
     name: str = ""
     fingerprint: str = ""  # `machine.fingerprint`: costs are of no use on machines that have another
     versions: str = ""  # of the software that computed
-    prefill_beside: Neighbour = Neighbour()  # steps of prompts
-    decode_beside: Neighbour = Neighbour()
     memory: int | None = None  # bytes of a device
     link_bandwidth: float | None = None  # bytes/s between two devices of a node, one direction
     network_bandwidth: float | None = None  # bytes/s between nodes
@@ -152,6 +142,9 @@ def _contents(table: Any) -> Contents:
     if not _DATE.fullmatch(table["date"]):
         raise Wrong(f"date = {show(table['date'])}: must be a day such as 2024-05-01")
     engine = overlay("engine", Engine(), table.get("engine", {}), _MAY_BE_ZERO)
+    for phase in ("prefill_beside", "decode_beside"):
+        for neighbour, share in asdict(getattr(engine, phase)).items():
+            number(f"engine: {phase}: {neighbour}", share, least=1.0)
     accounting = dict(mapping("accounting", table.get("accounting", {})))
     base = accounting.pop("base", "own")
     if not isinstance(base, str) or base not in ACCOUNTINGS:

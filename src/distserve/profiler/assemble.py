@@ -61,6 +61,7 @@ def table(found: Findings, heading: Heading) -> dict[str, Any]:
         "pull_bandwidth": bandwidth,
         "block_size": heading.block_size,
         "kv_memory": heading.kv_memory,
+        **beside(found),
     }
     machine: dict[str, Any] = {
         "fingerprint": heading.fingerprint,
@@ -68,7 +69,6 @@ def table(found: Findings, heading: Heading) -> dict[str, Any]:
         "memory": heading.memory,
         "link_bandwidth": bandwidth,
     }
-    machine |= beside(found)
     return {
         "format": format.FORMAT,
         "device": heading.device,
@@ -111,12 +111,14 @@ def pulls(found: Findings, heading: Heading) -> tuple[float | None, float]:
 
 
 def beside(found: Findings) -> dict[str, dict[str, float]]:
-    """How many times as long each phase's steps take beside another's."""
+    """How many times as long each phase's steps take beside another's. Means of all that was measured, the slow times
+    too: a neighbour may slow its own machine down by spells (two processors of a virtual machine that now share a core
+    and now do not), and what a server will see is their share."""
     shares: dict[str, dict[str, float]] = {}
     for (phase, neighbour), series in found.beside.items():
         if phase in found.quiet:
-            share = series.seconds / found.quiet[phase].seconds
-            shares.setdefault(f"{phase}_beside", {})[neighbour] = round(max(1.0, share), 4)
+            share = fmean(series.values) / fmean(found.quiet[phase].values)
+            shares.setdefault(f"{phase}_beside", {})[neighbour] = round(max(1.0, share), 3)
     return shares
 
 

@@ -3,7 +3,7 @@ and numbers, no file and no display.
 
     prefill, decode     a coarse grid, settled; then closer where a point is predicted worst by the others, until the
                         fit is good or the phase's time is over
-    neighbours          a phase's step while the worker beside it is idle and while it computes, in turns
+    neighbours          a phase's steps while the worker beside it is idle and while it computes, in turns
     pulls               KV from one worker to the other
     live                the server around the engine (`live.py`)
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distserve.bench.client import Client
@@ -41,6 +41,7 @@ SHARES = {
 }  # of the time
 _PULLS = 7  # times each size
 _WARM = 0.02  # seconds until a neighbour is at work
+_SPELL = 0.7  # seconds beside it at a time
 
 
 @dataclass(slots=True)
@@ -171,24 +172,30 @@ async def mixed(worker: Remote, within: Range, found: Findings, budget: Budget) 
 
 
 async def neighbours(workers: Sequence[Remote], within: Range, found: Findings, budget: Budget) -> None:
-    """In turns, so that a slow spell falls on both sides of the comparison."""
+    """A second of each in turns, alone between any two: what slows the machine for longer falls on all of them."""
     mine, other = workers
     lm = found.knee(within.longest_prompt)
     works: dict[str, Work] = {"prefill": Prompts([lm]), "decode": Decodes(*grid.typical_decode(within), STEPS)}
-    while not budget.over():
-        for theirs, work in works.items():
-            await other.begin(work)
+    pairs = [(phase, theirs) for theirs in works for phase in works]
+    while True:
+        for phase, theirs in pairs:
+            await _spell(mine, works[phase], found.quiet.setdefault(phase, Series()), _SPELL / 2)
+            await other.begin(works[theirs])
             await asyncio.sleep(_WARM)
-            for phase in works:
-                await _add(found.beside.setdefault((phase, theirs), Series()), mine.time(works[phase]))
+            await _spell(mine, works[phase], found.beside.setdefault((phase, theirs), Series()), _SPELL)
             await other.end()
-            for phase in works:
-                await _add(found.quiet.setdefault(phase, Series()), mine.time(works[phase]))
             budget.tick()
+            if budget.over() and len(found.beside) == len(pairs):
+                return
 
 
-async def _add(series: Series, took: Awaitable[Took]) -> None:
-    series.values.append(Series((await took).seconds).seconds)
+async def _spell(worker: Remote, work: Work, series: Series, seconds: float) -> None:
+    """Mean steps of so many seconds, each step as long as it took, for one value."""
+    took: list[float] = []
+    end = time.monotonic() + seconds
+    while not took or time.monotonic() < end:
+        took += (await worker.time(work)).seconds
+    series.values.append(sum(took) / len(took))
 
 
 async def pulls(workers: Sequence[Remote], within: Range, found: Findings, budget: Budget) -> None:

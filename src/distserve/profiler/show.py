@@ -68,8 +68,8 @@ def summary(found: Findings, table: Mapping[str, Any], knee: int, console: Conso
     if "pull_bandwidth" in engine:
         rows.append(("a pull", f"{_ms(engine['pull'])}, and {engine['pull_bandwidth'] / 1e9:.1f} GB/s"))
     for phase in ("prefill", "decode"):
-        for neighbour, share in machine.get(f"{phase}_beside", {}).items():
-            rows.append((f"{phase} beside", f"{share:.2f} times as long beside {neighbour}"))
+        for neighbour, share in engine.get(f"{phase}_beside", {}).items():
+            rows.append((f"{phase} | {neighbour}", f"{share:.2f} times as long beside a neighbour's {neighbour}"))
     for kind, error in entry["error"].items():
         mean = error.get("left_out_mean", error["mean"])
         if mean is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from typing import Final
 
 from distserve.costs.base import Engine
 from distserve.costs.latency import Latency
@@ -35,6 +36,9 @@ class _Ended:
 
 
 _NOBODY = _Ended(())
+_NOTHING: Final = 0  # what an instance does, as its neighbours feel it
+_PROMPTS: Final = 1
+_DECODES: Final = 2
 
 
 class Surroundings(ABC):
@@ -129,8 +133,17 @@ class Instance(Crew):
         self._report = scheduler.load()
         self._ends: list[Ends] = []  # of each lockstep
         self._remnants: list[Imagined] = []  # prompts of which one token is left: they go on like those that decode
+        self._neighbours: list[Instance] = []  # who slows whom
+        self._doing = _NOTHING
+        mine = (engine.prefill_beside, engine.decode_beside)
+        self._prompts_beside = [0.0, mine[0].prefill - 1.0, mine[0].decode - 1.0]  # by what a neighbour does
+        self._decodes_beside = [0.0, mine[1].prefill - 1.0, mine[1].decode - 1.0]
 
     # -- what the world does to it -------------------------------------------------------------------------------------
+
+    def meet(self, neighbour: Instance) -> None:
+        """It computes beside this one, on a device whose work slows this one down."""
+        self._neighbours.append(neighbour)
 
     def add(self, sequence: Imagined, now: float) -> None:
         self.settle(now)
@@ -209,6 +222,7 @@ class Instance(Crew):
             if batch is None:
                 if not flights:
                     self._idle_since = now
+                    self._do(_NOTHING, now)
                 return
             self._launch(batch, now)
         if decode is not None and not self._stalls:  # a step that runs keeps nobody from pulling
@@ -239,6 +253,20 @@ class Instance(Crew):
         else:
             self._launch_step(batch, now)
 
+    def _do(self, doing: int, now: float) -> None:
+        """What neighbours launched for many steps, as long as nothing changes, is cut after the step that runs."""
+        if doing != self._doing:
+            self._doing = doing
+            for neighbour in self._neighbours:
+                neighbour.settle(now)
+
+    def _slowed(self, beside: list[float]) -> float:
+        """How many times as long a step takes that is launched now."""
+        slowed = 1.0
+        for neighbour in self._neighbours:
+            slowed += beside[neighbour._doing]
+        return slowed
+
     def _take_off(self, flight: Flight, end: float) -> None:
         self._flights.append(flight)
         self._events.at(end, flight)
@@ -253,9 +281,11 @@ class Instance(Crew):
         times = min(times, flight.remaining)
         if run.steps < times:
             times = int(run.steps)
-        flight.times, flight.seconds, flight.growth = times, run.seconds, run.growth
+        slowed = self._slowed(self._decodes_beside) if self._neighbours else 1.0
+        flight.times, flight.seconds, flight.growth = times, run.seconds * slowed, run.growth * slowed
         self._take_off(flight, flight.time_of(times))
         self.usage.saw(0, num, context + num * (times - 1))
+        self._do(_DECODES, now)
 
     def _launch_step(self, batch: Batch, now: float) -> None:
         lockstep, num, others, context, remaining = batch.lockstep, len(batch.members), batch.others, 0, 0
@@ -275,6 +305,8 @@ class Instance(Crew):
                 others = self._kept(others)
         host, stage = self._latency.batch(others, num, context)
         self.usage.saw(tokens, num, context)
+        if self._neighbours:
+            stage *= self._slowed(self._prompts_beside if tokens else self._decodes_beside)
         host += swap
         time = self._free = now + host
         stages = self._stages
@@ -283,6 +315,7 @@ class Instance(Crew):
         flight = Flight(self, batch, now, remaining)
         flight.prompts, flight.stage = tokens > 0 or bool(self._remnants), stage
         self._take_off(flight, time)
+        self._do(_PROMPTS if tokens else _DECODES, now)
 
     def _ends_of(self, lockstep: Clock) -> Ends:
         for ends in self._ends:

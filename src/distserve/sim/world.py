@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from distserve.cluster import Cluster
-from distserve.costs.base import Costs, Engine
+from distserve.cluster import Cluster, node_of
+from distserve.costs.base import Costs, Engine, Neighbour
 from distserve.costs.memory import kv_token_bytes
 from distserve.costs.network import Links
 from distserve.costs.seats import devices_spanned, seat
@@ -107,6 +107,8 @@ class World(Surroundings):
             member = self._member(replica, choice)
             member.instance.trace = trace
             (self._decode if replica.role is Role.DECODE else self._first)[replica.name] = member
+        if self._engine.prefill_beside != Neighbour() or self._engine.decode_beside != Neighbour():
+            self._introduce()
         # Where there is no choice, nobody need be asked: it would cost more than the rest of a request's simulation.
         self._only_first = next(iter(self._first.values())) if len(self._first) == 1 else None
         self._only_decode = next(iter(self._decode.values())) if len(self._decode) == 1 else None
@@ -235,6 +237,14 @@ class World(Surroundings):
                 member.candidate = Candidate(name, load, member.tokens_per_second)
             found.append(member.candidate)
         return found
+
+    def _introduce(self) -> None:
+        """Instances on one node slow each other down."""
+        for one in self.instances:
+            for other in self.instances:
+                nodes = [node_of(self._seats[each.name].devices[0]) for each in (one, other)]
+                if one is not other and nodes[0] == nodes[1]:
+                    one.meet(other)
 
     def _way(self, source: str, target: str) -> Way:
         return self._pulls.way(self._links.route(self._costs.spec, self._seats[source], self._seats[target]))
