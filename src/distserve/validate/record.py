@@ -136,6 +136,10 @@ class Recording:
         slos = [[slo.ttft, slo.tpot] for slo in chosen.slos]
         self._write({"chosen": [plan, workload], "rates": list(chosen.rates), "slos": slos})
 
+    def slos_of(self, workload: str) -> tuple[SLO, ...]:
+        """That were chosen for it, whatever served it; (): none."""
+        return next((chosen.slos for (_, name), chosen in self.chosen.items() if name == workload), ())
+
     def add(self, measured: Measured) -> Measured:
         """Returns it as the file has it."""
         line = measured.to_dict()

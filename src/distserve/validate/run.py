@@ -121,7 +121,7 @@ def _choose(validation: Validation) -> None:
     names = list(dict.fromkeys(grid.load_plan(name)[0] for name in options.plans or grid.PLANS))
     with show.steps("choosing rates and targets", len(names) * len(validation.lengths)) as done:
         for text, lengths in validation.lengths.items():
-            slos = options.slos
+            slos = options.slos or recording.slos_of(text)
             for name in names:
                 chosen = recording.chosen.get((name, text))
                 if chosen is None:
