@@ -279,8 +279,17 @@ def _rope(config: Config) -> tuple[dict[str, Any] | None, float]:
     rope.pop("type", None)
     if kind == "default":
         return None, theta
+    context = int(config.get("max_position_embeddings") or 2048)
     if kind == "yarn":
-        rope.setdefault("original_max_position_embeddings", int(config.get("max_position_embeddings") or 2048))
+        rope.setdefault("original_max_position_embeddings", context)
+    elif kind == "dynamic":
+        rope["original_max_position_embeddings"] = context
+    elif kind == "longrope":
+        original = int(
+            config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings", 0)
+        )
+        rope["original_max_position_embeddings"] = original or context
+        rope["factor"] = rope.get("factor") or context / rope["original_max_position_embeddings"]
     return {"rope_type": kind, **rope}, theta
 
 

@@ -374,14 +374,44 @@ def test_scaled_frequencies_equal_transformers(scaling: dict[str, object]) -> No
     assert torch.equal(rope.sin, angles.sin() * magnitude)
 
 
+@pytest.mark.parametrize("position", [127, 128, 129, 400])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "short_factor": [1.0 + i / 100 for i in range(32)],
+            "long_factor": [1.0 + i for i in range(32)],
+        },
+    ],
+    ids=lambda scaling: str(scaling["rope_type"]),
+)
+def test_scaling_by_length_turns_each_token_as_transformers_turns_a_sequences_last(
+    scaling: dict[str, object], position: int
+) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    context = 128 if scaling["rope_type"] == "dynamic" else 512
+    parameters = {"rope_theta": 10000.0, **scaling}
+    config = LlamaConfig(
+        hidden_size=576, num_attention_heads=9, max_position_embeddings=context, rope_parameters=parameters
+    )
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor([[position]]))
+    rope = Rotary(64, 10000.0, 512, {"original_max_position_embeddings": 128, **scaling})
+    torch.testing.assert_close(rope.cos[position], cos[0, 0, :32], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rope.sin[position], sin[0, 0, :32], atol=1e-5, rtol=1e-5)
+
+
 def test_scalings_that_cannot_be_served() -> None:
-    plain = Rotary(64, 10000.0, 512)
-    dynamic = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 512}
-    assert torch.equal(Rotary(64, 10000.0, 512, dynamic).cos, plain.cos)
-    with pytest.raises(ModelError, match="limit --max-model-len to 512"):
-        Rotary(64, 10000.0, 1024, dynamic)
-    with pytest.raises(ModelError, match="'longrope' is not supported"):
-        Rotary(64, 10000.0, 512, {"rope_type": "longrope"})
+    with pytest.raises(ModelError, match="'proportional' is not supported"):
+        Rotary(64, 10000.0, 512, {"rope_type": "proportional"})
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+    with pytest.raises(ModelError, match="8 short and 8 long factors for 32 frequencies"):
+        Rotary(64, 10000.0, 512, {"rope_type": "longrope", "original_max_position_embeddings": 128, **factors})
 
 
 def test_rotation_keeps_lengths_and_relative_angles() -> None:

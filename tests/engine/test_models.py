@@ -40,6 +40,17 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 
+# Both change beyond 128 tokens; greedy decoding goes there.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 128,
+    "factor": 4.0,
+    "short_factor": [1.0 + 0.05 * i for i in range(8)],
+    "long_factor": [1.0 + 0.5 * i for i in range(8)],
+}
+
 OPT = {"num_key_value_heads": None, "ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,11 +63,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
     "linear rope": ("Llama", {"rope_parameters": LINEAR}),
     "yarn rope": ("Llama", {"rope_parameters": YARN}),
+    "dynamic rope": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 128}),
+    "long rope": ("Llama", {"rope_parameters": LONG}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral window": ("Mistral", {"sliding_window": 24}),
     "sharded": ("Llama", {"max_shard_size": "60KB"}),
     "qwen2": ("Qwen2", {}),
     "qwen2 tied, sharded": ("Qwen2", {"tie_word_embeddings": True, "max_shard_size": "60KB"}),
+    "qwen2 dynamic rope": ("Qwen2", {"rope_parameters": DYNAMIC, "max_position_embeddings": 128}),
     "qwen2 yarn rope": ("Qwen2", {"rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3 tied, sharded": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "max_shard_size": "60KB"}),

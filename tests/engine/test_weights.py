@@ -68,8 +68,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "number missing": (lambda f: edit_config(f, num_hidden_layers=None), "no number 'num_hidden_layers'"),
     "odd heads": (lambda f: edit_config(f, num_key_value_heads=3), "4 attention heads over 3 KV heads"),
     "other rope": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "longrope", "factor": 2.0}),
-        "longrope.*not supported",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "proportional", "factor": 2.0}),
+        "proportional.*not supported",
     ),
 }
 

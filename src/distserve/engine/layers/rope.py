@@ -1,6 +1,9 @@
 """Rotary position embedding: tables of cosines and sines, and the half-split rotation that llama checkpoints use.
 
-Frequency scalings follow Hugging Face's `modeling_rope_utils` (linear, llama3, yarn; Su et al. 2021, Peng et al. 2023).
+Frequency scalings follow Hugging Face's `modeling_rope_utils` (linear, dynamic, llama3, yarn, longrope; Su et al. 2021,
+Peng et al. 2023, Ding et al. 2024). Two of them depend on the length of the sequence, and there turn all tokens of a
+step by its last one's: what a token becomes would depend on how its prompt was cut. Here each token is turned as if it
+were the last one: what transformers computes, too, where tokens come one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from distserve.errors import ModelError
 
-SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic")
+SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 class Rotary:
@@ -22,7 +25,7 @@ class Rotary:
     def __init__(self, head_dim: int, theta: float, max_positions: int, scaling: dict[str, Any] | None = None) -> None:
         frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
         frequencies, magnitude = _scale(frequencies, head_dim, theta, max_positions, scaling or {})
-        angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies[None, :]
+        angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
         self.cos = (angles.cos() * magnitude).contiguous()
         self.sin = (angles.sin() * magnitude).contiguous()
         self.head_dim = head_dim
@@ -42,7 +45,7 @@ class Rotary:
 def _scale(
     frequencies: Tensor, head_dim: int, theta: float, max_positions: int, scaling: dict[str, Any]
 ) -> tuple[Tensor, float]:
-    """(scaled frequencies, factor on cosines and sines)."""
+    """(scaled frequencies [D/2], or of each position [max_positions, D/2]; factor on cosines and sines)."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return frequencies, 1.0
@@ -53,12 +56,9 @@ def _scale(
     if kind == "yarn":
         return _yarn(frequencies, head_dim, theta, max_positions, scaling)
     if kind == "dynamic":
-        original = int(scaling.get("original_max_position_embeddings") or max_positions)
-        if max_positions <= original:  # the frequencies only change beyond the trained length
-            return frequencies, 1.0
-        raise ModelError(
-            f"dynamic rope scaling changes with length: limit --max-model-len to {original} (asked: {max_positions})"
-        )
+        return _dynamic(frequencies, theta, max_positions, scaling), 1.0
+    if kind == "longrope":
+        return _longrope(frequencies, max_positions, scaling)
     raise ModelError(f"rope scaling {kind!r} is not supported (supported: {', '.join(SCALINGS)})")
 
 
@@ -100,3 +100,28 @@ def _yarn(
         both = bool(weight and whole)
         attention = magnitude(factor, weight) / magnitude(factor, whole) if both else magnitude(factor, 1.0)  # type: ignore[arg-type]
     return scaled, float(attention)
+
+
+def _dynamic(frequencies: Tensor, theta: float, max_positions: int, scaling: dict[str, Any]) -> Tensor:
+    original, factor = int(scaling.get("original_max_position_embeddings") or max_positions), float(scaling["factor"])
+    if max_positions <= original:  # they only change beyond the trained length
+        return frequencies
+    half = len(frequencies)
+    lengths = torch.arange(original + 1, max_positions + 1, dtype=torch.float64)
+    bases = theta * (factor * lengths / original - (factor - 1)) ** (half / (half - 1))
+    changed = 1.0 / bases[:, None] ** (torch.arange(half, dtype=torch.float64) / half)
+    return torch.cat((frequencies.expand(original, half), changed.float()))
+
+
+def _longrope(frequencies: Tensor, max_positions: int, scaling: dict[str, Any]) -> tuple[Tensor, float]:
+    original = int(scaling["original_max_position_embeddings"])
+    short, long = (torch.tensor(scaling[key], dtype=torch.float32) for key in ("short_factor", "long_factor"))
+    if not short.shape == long.shape == frequencies.shape:
+        raise ModelError(
+            f"longrope scaling has {len(short)} short and {len(long)} long factors for {len(frequencies)} frequencies"
+        )
+    is_long = (torch.arange(1, max_positions + 1) > original)[:, None]
+    factor, attention = float(scaling["factor"]), scaling.get("attention_factor")
+    if attention is None:
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return frequencies / torch.where(is_long, long, short), float(attention)
