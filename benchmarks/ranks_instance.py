@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.harness import serve_commands
@@ -132,5 +132,5 @@ if __name__ == "__main__":
     parser.add_argument("--cores", type=int, nargs="+", required=True)
     arguments = parser.parse_args()
     instance = Instance(arguments.model, arguments.tp, arguments.pp, arguments.cores)
-    prompts = {"prefill": instance.prefill, "latency": instance.latency}
-    serve_commands(prompts | {"open": instance.open, "decode": instance.decode})
+    commands: dict[str, Callable[..., object]] = {"prefill": instance.prefill, "latency": instance.latency}
+    serve_commands({**commands, "open": instance.open, "decode": instance.decode})

@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.engine.ranks import Ranks
 from tests.engine.support import MiniScheduler, all_logits, greedy, load_model, make_checkpoint
 
 from distserve.engine import hub
@@ -71,6 +72,8 @@ def test_a_gguf_file_computes_what_its_safetensors_do(case: str, tmp_path: Path)
     prompt = list(range(3, 60))
     ours, reference = load_model(file), load_model(tmp_path)
     torch.testing.assert_close(all_logits(ours, prompt), all_logits(reference, prompt), atol=1e-4, rtol=1e-4)
+    with Ranks.all(file, 2, 3) as ranks:
+        torch.testing.assert_close(ranks.logits(prompt), all_logits(reference, prompt), atol=1e-4, rtol=1e-4)
     answers = [MiniScheduler(model).run([greedy(1, prompt, 50)], chunk=13)[1] for model in (ours, reference)]
     assert [token.id for token in answers[0]] == [token.id for token in answers[1]]
 

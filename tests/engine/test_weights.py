@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.engine.ranks import thread_links
 from tests.engine.support import CPU, all_logits, edit_config, load_model, make_checkpoint
 
 from distserve.engine import hub, weights
 from distserve.engine.base import EngineOptions
 from distserve.engine.executor import LocalExecutor
 from distserve.engine.gguf_file import GGUFFile
-from distserve.engine.models.base import build
-from distserve.engine.parallel import Member, Split, share
+from distserve.engine.models.base import Slot, build
+from distserve.engine.parallel import Member, Place, Split, sharding_of, share
 from distserve.errors import ModelError, PlanError
 
 
@@ -238,6 +239,58 @@ async def test_the_context_ends_where_the_kv_memory_does(tmp_path: Path) -> None
     await executor.start(lambda fraction, what: None)
     assert (executor.num_blocks, executor.max_model_len) == (5, 160)
     await executor.stop()
+
+
+async def test_mixed_dtypes_are_refused_until_somebody_says_which_to_compute_in(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+
+    change_tensors(tmp_path, narrow)
+    executor = LocalExecutor(EngineOptions(str(tmp_path), kv_bytes=1 << 20))
+    with pytest.raises(ModelError, match=r"mixes dtypes \(model\.norm\.weight as F16, model\.\S+ as F32\); say"):
+        await executor.start(lambda fraction, what: None)
+    await executor.stop()
+    executor = LocalExecutor(EngineOptions(str(tmp_path), dtype="float32", kv_bytes=1 << 20))
+    await executor.start(lambda fraction, what: None)
+    await executor.stop()
+
+
+def test_a_dtype_that_is_no_plain_number_is_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+
+    change_tensors(tmp_path, quantize)
+    with pytest.raises(ModelError, match=r"holds model\.norm\.weight as F8_E4M3.*BF16, F16, F32, F64"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+def test_a_rank_reads_its_slices_and_lets_go_of_what_it_read(
+    shard: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_checkpoint(tmp_path, max_shard_size=shard)
+    monkeypatch.setattr(weights, "_KEPT", 0)  # files are reopened after every module
+    spec, read = hub.read_spec(tmp_path), [0]
+    place = Place(sharding_of(spec, 2, 3), 3)
+    (links,) = thread_links([place])
+    model = build(spec, torch.float32, place, links)
+    original = weights.SafetensorsCheckpoint.read
+
+    def count(self: weights.SafetensorsCheckpoint, slot: Slot, slices: tuple[slice, ...], into: torch.Tensor) -> None:
+        read[0] += into.numel()
+        original(self, slot, slices, into)
+
+    monkeypatch.setattr(weights.SafetensorsCheckpoint, "read", count)
+    weights.load(tmp_path, model, CPU)
+    assert read[0] == sum(parameter.numel() for parameter in model.parameters())
+    stored = load_file(tmp_path / "model.safetensors") if shard == "5GB" else {}
+    assert not stored or torch.equal(
+        model.get_parameter("layers.1.down.weight"), stored["model.layers.1.mlp.down_proj.weight"][:, 48:]
+    )
 
 
 def test_loading_reports_progress(tmp_path: Path) -> None:
