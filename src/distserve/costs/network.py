@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from distserve.cluster import Cluster, node_of
 from distserve.costs.memory import sharding
 from distserve.costs.seats import Seats
-from distserve.sharding import parts
+from distserve.sharding import Sharding, parts
 from distserve.specs import ModelSpec
 
 Link = tuple[str, str]  # ("send" | "receive", device) in a node; ("out" | "in", node) between nodes
@@ -55,13 +56,15 @@ class Links:
         """What pulls from `source` to `target` load."""
         loads: dict[Link, int] = {}
         latency = 0.0
+        sources, targets = _nodes(source.devices), _nodes(target.devices)
         for sender, receiver, pieces in shares(spec, source, target):
             there, here = source.devices[sender], target.devices[receiver]
             if there == here:
                 continue
-            inside = node_of(there) == node_of(here)
+            out_of, into = sources[sender], targets[receiver]
+            inside = out_of == into
             links: tuple[Link, Link] = (
-                (("send", there), ("receive", here)) if inside else (("out", node_of(there)), ("in", node_of(here)))
+                (("send", there), ("receive", here)) if inside else (("out", out_of), ("in", into))
             )
             for link in links:
                 loads[link] = loads.get(link, 0) + pieces
@@ -84,9 +87,18 @@ class Links:
         return route.latency + kv_bytes / self.rates([route])[0]
 
 
-def shares(spec: ModelSpec, source: Seats, target: Seats) -> Iterator[tuple[int, int, int]]:
+def shares(spec: ModelSpec, source: Seats, target: Seats) -> tuple[tuple[int, int, int], ...]:
     """(source rank, target rank, how many of the request's layers * KV heads the second reads from the first). Where
     ranks outnumber the heads several hold the same: readers take turns at the copies, and what the ranks of a target
     hold is then more than once the whole."""
-    for part in parts(sharding(spec, source.tp, source.pp), sharding(spec, target.tp, target.pp)):
-        yield part.source, part.target, len(part.layers) * len(part.heads)
+    return _shares(sharding(spec, source.tp, source.pp), sharding(spec, target.tp, target.pp))
+
+
+@cache
+def _nodes(devices: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(node_of, devices))
+
+
+@cache
+def _shares(source: Sharding, target: Sharding) -> tuple[tuple[int, int, int], ...]:
+    return tuple((part.source, part.target, len(part.layers) * len(part.heads)) for part in parts(source, target))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distserve.cluster import Cluster
+from distserve.cluster import Cluster, node_of
 from distserve.costs.base import Costs
 from distserve.costs.memory import kv_token_bytes
 from distserve.costs.network import Link, Links
@@ -42,12 +42,25 @@ def network_bound(costs: Costs, cluster: Cluster, demand: Demand, plan: Plan) ->
     """Requests/s whose KV the links of a seated plan can move, where each decode instance takes as many as the others
     from each prefill instance: a router that does not know nodes spreads them so. Infinite without pulls."""
     links = Links(cluster)
-    seats = {role: [Seats(r.devices, r.spec.tp, r.spec.pp) for r in plan.replicas() if r.role is role] for role in Role}
-    pairs = [(one, other) for one in seats[Role.PREFILL] for other in seats[Role.DECODE]]
-    pulled = [request.prompt_tokens for request in demand.workload if request.output_tokens > 1]
-    size = sum(pulled) / len(demand.workload) * kv_token_bytes(costs.spec, dtype=costs.dtype)
+    size = demand.pulled_tokens * kv_token_bytes(costs.spec, dtype=costs.dtype)
+    prefill, decode = (_alike(plan, role) for role in (Role.PREFILL, Role.DECODE))
+    pairs = sum(number for _, number in prefill) * sum(number for _, number in decode)
     seconds: dict[Link, float] = {}  # of each link, for a request
-    for one, other in pairs:
-        for link, share in links.route(costs.spec, one, other).loads:
-            seconds[link] = seconds.get(link, 0.0) + share * size / len(pairs) / links.capacity(link)
+    for one, ones in prefill:
+        for other, others in decode:
+            number = {"send": others, "receive": ones}  # on a device's own link; a node's is everybody's
+            for link, share in links.route(costs.spec, one, other).loads:
+                pulls = number.get(link[0], ones * others) / pairs
+                seconds[link] = seconds.get(link, 0.0) + share * size * pulls / links.capacity(link)
     return 1 / max(seconds.values(), default=0.0) if seconds and size else float("inf")
+
+
+def _alike(plan: Plan, role: Role) -> list[tuple[Seats, int]]:
+    """One of each kind of the role's instances that sit in the same nodes, and how many there are: their devices' links
+    are loaded alike."""
+    kinds: dict[tuple[int, int, tuple[str, ...]], list[Seats]] = {}
+    for replica in plan.replicas():
+        if replica.role is role:
+            seats = Seats(replica.devices, replica.spec.tp, replica.spec.pp)
+            kinds.setdefault((seats.tp, seats.pp, tuple(map(node_of, seats.devices))), []).append(seats)
+    return [(seats[0], len(seats)) for seats in kinds.values()]

@@ -52,6 +52,12 @@ class Demand:
             count[request.app] += 1
         return {app: number / len(self.workload) for app, number in count.items()}
 
+    @cached_property
+    def pulled_tokens(self) -> float:
+        """Of a mean request: an answer of one token leaves its KV where it is."""
+        pulled = [request.prompt_tokens for request in self.workload if request.output_tokens > 1]
+        return sum(pulled) / len(self.workload)
+
     def __getstate__(self) -> dict[str, object]:
         return {each.name: getattr(self, each.name) for each in fields(self)}  # what is derived can be derived again
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from distserve.cluster import Cluster
 from distserve.plan import InstanceSpec, Plan
@@ -42,10 +43,7 @@ class _Room:
     """Free devices of each node."""
 
     def __init__(self, cluster: Cluster, taken: Sequence[str]) -> None:
-        self._free = [
-            [name for i in range(size) if (name := f"node{node}:{i}") not in taken]
-            for node, size in enumerate(cluster.node_sizes)
-        ]
+        self._free = [[name for name in node if name not in taken] for node in _names(tuple(cluster.node_sizes))]
 
     def seat(self, deployment: Deployment, choice: _Choice) -> list[list[_Seats]] | None:
         """By group: the devices of each instance in (pp, tp) order."""
@@ -92,9 +90,21 @@ class _Room:
         return found
 
     def _node(self, needed: int, choice: _Choice, but: Sequence[int] = ()) -> int | None:
-        having = [node for node, free in enumerate(self._free) if len(free) >= needed and node not in but]
-        return min(having, key=lambda node: (choice(len(self._free[node])), node), default=None)
+        found, least = None, 0.0
+        for node, free in enumerate(self._free):
+            room = len(free)
+            if room >= needed and node not in but:
+                value = choice(room)
+                if found is None or value < least:
+                    found, least = node, value
+        return found
 
     def _take(self, node: int, number: int) -> _Seats:
         seats, self._free[node] = self._free[node][:number], self._free[node][number:]
         return seats
+
+
+@cache
+def _names(sizes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    """Of the devices of each node."""
+    return tuple(tuple(f"node{node}:{i}" for i in range(size)) for node, size in enumerate(sizes))

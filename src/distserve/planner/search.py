@@ -137,9 +137,13 @@ class Search:
             if not open_questions:
                 break
             self._settle(open_questions)
-        plans = {d: plan for d in alive if (plan := self._seated(d, rate))}
-        alive = sorted(plans, key=lambda d: -self.promise(d))
-        alive = alive[:limit] if limit else alive
+        plans: dict[Deployment, Plan] = {}
+        for d in sorted(alive, key=lambda d: -self.promise(d)):
+            if plan := self._seated(d, rate):
+                plans[d] = plan
+            if limit and len(plans) == limit:
+                break
+        alive = list(plans)
         if alive:
             self._say(f"{number} devices: {len(alive)} deployments")
         verdicts = self.judge(alive, rate)

@@ -8,7 +8,7 @@ burst is spread although nobody has reported it yet:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distserve.sched.base import Load
@@ -17,13 +17,19 @@ from distserve.sched.policy import AdmissionPolicy
 NOMINAL = 1000.0  # tokens per second of an instance that nobody has measured yet; among equals only ratios matter
 
 
-@dataclass(frozen=True, slots=True)
 class Candidate:
-    """An instance that is alive and has the role that is asked for."""
+    """An instance that is alive and has the role that is asked for.
 
-    name: str
-    load: Load  # its last report; a new report is a new object
-    tokens_per_second: float = NOMINAL  # prompt tokens it computes in a second, measured
+    load                its last report; a new report is a new object
+    tokens_per_second   prompt tokens it computes in a second, measured
+    """
+
+    __slots__ = ("load", "name", "tokens_per_second")
+
+    def __init__(self, name: str, load: Load, tokens_per_second: float = NOMINAL) -> None:
+        self.name = name
+        self.load = load
+        self.tokens_per_second = tokens_per_second
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +40,41 @@ class Admission:
     reason: str = ""
 
 
-@dataclass(slots=True)
 class _Sent:
     """What an instance was sent since its last report."""
 
-    report: Load
-    num_requests: int = 0
-    num_tokens: int = 0
-    num_blocks: int = 0
+    __slots__ = ("num_blocks", "num_requests", "num_tokens", "report")
+
+    def __init__(self, report: Load) -> None:
+        self.report = report
+        self.num_requests = 0
+        self.num_tokens = 0
+        self.num_blocks = 0
+
+
+class _Choice:
+    """The candidate of least cost so far, then of fewest requests; of equals the one whose turn it is, by name."""
+
+    __slots__ = ("best", "cost", "last", "requests")
+
+    def __init__(self, last: str) -> None:
+        self.last = last  # was chosen the time before
+        self.best: Candidate | None = None
+        self.cost = 0.0
+        self.requests = 0
+
+    def see(self, candidate: Candidate, cost: float, requests: int) -> None:
+        best = self.best
+        if best is not None:
+            if cost > self.cost or (cost == self.cost and requests > self.requests):
+                return
+            if cost == self.cost and requests == self.requests and not self._sooner(candidate.name, best.name):
+                return
+        self.best, self.cost, self.requests = candidate, cost, requests
+
+    def _sooner(self, name: str, other: str) -> bool:
+        after, other_after = name > self.last, other > self.last
+        return name < other if after == other_after else after
 
 
 class Router:
@@ -56,20 +89,18 @@ class Router:
     def pick_prefill(self, num_tokens: int, candidates: Iterable[Candidate]) -> str | None:
         """The instance (prefill or colocated) with the shortest predicted wait for `num_tokens` tokens, then the one
         with the fewest requests. None: there is none."""
-
-        def cost(candidate: Candidate) -> tuple[float, int]:
-            return self.wait(candidate), self._num_requests(candidate)
-
-        return self._pick("prefill", num_tokens, candidates, cost)
+        choice = _Choice(self._last.get("prefill", ""))
+        for candidate in candidates:
+            choice.see(candidate, self.wait(candidate), self._num_requests(candidate))
+        return self._send("prefill", choice.best, num_tokens)
 
     def pick_decode(self, num_tokens: int, candidates: Iterable[Candidate]) -> str | None:
         """The instance with the most KV memory left when all that it was promised has come, then the one with the
         fewest requests. None: there is none. One without room is picked too: the KV then waits at its source."""
-
-        def cost(candidate: Candidate) -> tuple[float, int]:
-            return -self._num_unpromised_blocks(candidate), self._num_requests(candidate)
-
-        return self._pick("decode", num_tokens, candidates, cost)
+        choice = _Choice(self._last.get("decode", ""))
+        for candidate in candidates:
+            choice.see(candidate, -self._num_unpromised_blocks(candidate), self._num_requests(candidate))
+        return self._send("decode", choice.best, num_tokens)
 
     def wait(self, candidate: Candidate) -> float:
         """Seconds until a prompt sent there now would have its turn."""
@@ -105,20 +136,10 @@ class Router:
             refusals.append((seconds, f"{num_requests} requests are being served, the limit is {policy.max_requests}"))
         return Admission(*max(refusals)) if refusals else Admission()
 
-    def _pick(
-        self,
-        phase: str,
-        num_tokens: int,
-        candidates: Iterable[Candidate],
-        cost: Callable[[Candidate], tuple[float, int]],
-    ) -> str | None:
-        costs = [(cost(candidate), candidate) for candidate in candidates]
-        if not costs:
+    def _send(self, phase: str, picked: Candidate | None, num_tokens: int) -> str | None:
+        """Counts it as sent there."""
+        if picked is None:
             return None
-        least = min(value for value, _ in costs)
-        equals = sorted((candidate for value, candidate in costs if value == least), key=lambda equal: equal.name)
-        last = self._last.get(phase, "")
-        picked = next((equal for equal in equals if equal.name > last), equals[0])
         self._last[phase] = picked.name
         sent = self._sent_to(picked)
         sent.num_requests += 1

@@ -112,8 +112,9 @@ class World(Surroundings):
         # Where there is no choice, nobody need be asked: it would cost more than the rest of a request's simulation.
         self._only_first = next(iter(self._first.values())) if len(self._first) == 1 else None
         self._only_decode = next(iter(self._decode.values())) if len(self._decode) == 1 else None
-        policy, slowest = self._router.policy, min([member.tokens_per_second for member in self._first.values()])
-        self._surely_admitted = min(policy.max_queued_tokens, policy.max_wait * slowest)
+        # The least of all waits is at most what waits for all, over the speed of all.
+        policy, speed = self._router.policy, sum([member.tokens_per_second for member in self._first.values()])
+        self._surely_admitted = min(policy.max_queued_tokens, policy.max_wait * speed)
 
     @property
     def instances(self) -> list[Instance]:
