@@ -54,7 +54,7 @@ def distributions(scores: Sequence[Score], name: str, file: Path) -> None:
         for panel in panels[:, 0]:
             panel.set_ylabel("share of requests")
         panels[0, 0].legend(loc="lower right")
-        _save(figure, file)
+        save(figure, file)
 
 
 def _milliseconds(records: Sequence[Record], name: str) -> list[float]:
@@ -90,7 +90,7 @@ def saturated(run: Run, file: Path) -> None:
         below.set_ylabel("KV of unfinished requests [1,000 tokens]")
         below.set_xlabel("time [s]")
         below.legend(loc="upper left")
-        _save(figure, file)
+        save(figure, file)
 
 
 def _medians(times: Floats, values: Floats, window: float = 2.0) -> tuple[Floats, Floats]:
@@ -127,10 +127,10 @@ def micro_batches(run: Run, file: Path) -> None:
         panel.set_ylabel("sequences")
         panel.set_xlabel("time [s]")
         panel.legend(loc="upper left")
-        _save(figure, file)
+        save(figure, file)
 
 
-def _save(figure: plt.Figure, file: Path) -> None:
+def save(figure: plt.Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None, "Creator": None})
     plt.close(figure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from experiments.accuracy.score import (
     score,
 )
 from experiments.accuracy.spans import Pace, Spans, alone, regress
+from experiments.accuracy.tables import table
 
 EQUAL = ("vllm-100-1", "vllm-300-3")  # the runs that agree with each other
 WINDOW = 20  # seconds
@@ -66,11 +67,6 @@ def text(scores: Sequence[Score]) -> str:
         words.NOT_SIMULATED,
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def points(share: float) -> str:

@@ -1,0 +1,10 @@
+"""Goodput on this machine, measured: the paper's Figures 8 and 9 with real processes and real tokens.
+`python -m experiments.live_goodput --costs FILE` measures what its record file lacks and writes docs/goodput.md.
+
+    cases        lengths of chat, code completion and summarisation, with their targets
+    contenders   who serves: 1 prefill + 1 decode, 2 colocated (whole prompts, chunked), vLLM's CPU build twice
+    measuring    cell after cell into a file, so that it can be stopped and go on
+    results      goodput of each from what was measured, and what the planner would have chosen
+    figures      attainment against rate and against the scale of the targets
+    page         the document
+"""

@@ -1,0 +1,68 @@
+"""Measures goodput on this machine and writes docs/goodput.md: `python -m experiments.live_goodput --costs FILE`.
+
+Runs that the record file has are not measured again, so it can be stopped and started; `--seconds 0` measures nothing
+and writes the document of what there is."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distserve import machine
+from distserve.costs.choose import choose_costs
+from distserve.validate import record as recordings
+from distserve.validate.record import Recording
+from experiments.live_goodput import figures, page
+from experiments.live_goodput.cases import CASES, DURATION
+from experiments.live_goodput.contenders import MODEL, OURS, VLLM
+from experiments.live_goodput.measuring import Asked, measure
+from experiments.live_goodput.results import rows
+
+DATA = Path(__file__).parents[1] / "data"
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.live_goodput", description=__doc__)
+    parser.add_argument("--costs", type=Path, default=DATA / "live_costs.json", help="what distserve profile wrote")
+    parser.add_argument("--record", type=Path, default=DATA / "live_goodput.jsonl", help="file of measured runs")
+    parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="of these, with commas")
+    parser.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM's CPU build")
+    parser.add_argument("--duration", type=float, default=DURATION, help="seconds of arrivals of a cell")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="measure no longer than this")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the document")
+    given = parser.parse_args(arguments)
+    wanted = given.cases.split(",")
+    unknown = [name for name in wanted if name not in {case.name for case in CASES}]
+    if unknown:
+        parser.error(f"--cases {unknown[0]}: of {', '.join(case.name for case in CASES)}")
+    costs = choose_costs(MODEL, "cpu", given.costs)
+    if given.record.exists():
+        recording = recordings.read(given.record)
+    else:
+        recording = Recording(given.record, MODEL, machine.fingerprint("cpu"))
+        recording.begin()
+    if given.seconds > 0:
+        if recording.machine != machine.fingerprint("cpu"):
+            parser.error(f"--record {given.record} was measured on {recording.machine}: name another file")
+        names = (*OURS, VLLM) if given.vllm_python else OURS
+        cases = [case for case in CASES if case.name in wanted]
+        asked = Asked(cases, names, given.duration, given.seconds, given.vllm_python)
+        try:
+            asyncio.run(measure(asked, costs, recording))
+        except KeyboardInterrupt:
+            print("stopped; what was measured is kept", file=sys.stderr)
+    found = [row for case in CASES if (row := rows(case, recording))]
+    if found:
+        (given.out / "images").mkdir(parents=True, exist_ok=True)
+        figures.attainments(found, given.out / "images" / page.IMAGE)
+    name = given.record.name if given.record.parent != DATA else f"experiments/data/{given.record.name}"
+    (given.out / "goodput.md").write_text(page.text(recording, costs, name), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

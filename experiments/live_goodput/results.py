@@ -1,0 +1,101 @@
+"""From measured runs to goodput: of each case and contender, by rate (Figure 8) and by the scale of the targets (Figure
+9), and the planner's choice beside the best that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distserve.cluster import Cluster
+from distserve.costs.base import Costs
+from distserve.costs.profile import ProfileCosts
+from distserve.metrics import SLO, attainment
+from distserve.plan import Role
+from distserve.planner.answer import Answer, InfeasibleError
+from distserve.planner.api import plan as choose
+from distserve.validate.compare import crossing
+from distserve.validate.record import Measured, Recording
+from experiments.live_goodput.cases import GOAL, SCALES, Case
+from experiments.live_goodput.contenders import ALL, APART, CHUNKED, MODEL, WHOLE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender under one case."""
+
+    case: Case
+    contender: str
+    runs: tuple[Measured, ...]  # by rate
+
+    def curve(self, slo: SLO) -> list[tuple[float, float]]:
+        """(rate, attainment)."""
+        return [(run.key.rate, joint(run, slo)) for run in self.runs]
+
+    def goodput(self, slo: SLO) -> float | None:
+        """Requests/s of both cores; None: not among the rates that were measured."""
+        return crossing(self.curve(slo), GOAL)
+
+    def scales(self, rate: float) -> list[tuple[float, float]]:
+        """(scale of the targets, attainment) at a rate that was measured."""
+        (run,) = (run for run in self.runs if run.key.rate == rate)
+        return [(scale, joint(run, self.case.scaled(scale))) for scale in SCALES]
+
+
+def joint(run: Measured, slo: SLO) -> float:
+    return attainment([r for r in run.records if r.arrival >= run.warmup], slo).joint
+
+
+def rows(case: Case, recording: Recording) -> list[Row]:
+    """Those that were measured."""
+    found = []
+    for name in ALL:
+        runs = [run for key, run in recording.runs.items() if (key.plan, key.workload) == (name, case.workload)]
+        if runs:
+            found.append(Row(case, name, tuple(sorted(runs, key=lambda run: run.key.rate))))
+    return found
+
+
+def bounds(row: Row, slo: SLO) -> str:
+    """Goodput in words, also where it lies beyond the rates."""
+    found = row.goodput(slo)
+    if found is not None:
+        return f"{found:.2f}"
+    curve = row.curve(slo)
+    return f"over {curve[-1][0]:g}" if curve[-1][1] >= GOAL else f"below {curve[0][0]:g}"
+
+
+def best(found: Sequence[Row], slo: SLO) -> Row | None:
+    """Of ours, the one with the highest goodput; one that attains the goal at every rate is above any that does not."""
+
+    def place(row: Row) -> float:
+        goodput = row.goodput(slo)
+        if goodput is not None:
+            return goodput
+        curve = row.curve(slo)
+        return float("inf") if curve[-1][1] >= GOAL else 0.0
+
+    ours = [row for row in found if row.contender in (APART, WHOLE, CHUNKED)]
+    return max(ours, key=place, default=None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `distserve plan` chooses for two cores."""
+
+    contender: str  # which of ours it is; "": no deployment attains the targets
+    goodput: float | None
+
+
+def choice(case: Case, costs: Costs) -> Choice:
+    assert isinstance(costs, ProfileCosts)
+    local = Cluster("cpu", 1, 2, costs.device.link_bandwidth)
+    try:
+        found = choose(MODEL, local, case.lengths.workload, slo=case.slo, attainment=GOAL, costs=costs)
+    except InfeasibleError:
+        return Choice("", None)
+    assert isinstance(found, Answer)
+    spec = found.plan.instances[0]
+    if found.prefill is not None:
+        return Choice(APART, found.goodput.rate)
+    assert spec.role is Role.COLOCATED
+    return Choice(WHOLE if spec.policy == "prefill-first" else CHUNKED, found.goodput.rate)

@@ -1,0 +1,116 @@
+"""What was measured on a real machine, beside the simulator of today: the document holds what the record and the
+simulator say now, so that a twin that drifts is noticed, without a server and without a clock."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from experiments.accuracy import live
+from experiments.accuracy.__main__ import DOCS
+from experiments.live_goodput import page, results
+from experiments.live_goodput.__main__ import main
+from experiments.live_goodput.cases import CASES, GOAL
+from experiments.live_goodput.contenders import APART, CHUNKED, OURS, WHOLE, RoundRobin
+from tests.bench.standin import serving
+from tests.validate.support import MODEL, load_costs, run_of, write_costs
+
+from distserve.bench.client import clock
+from distserve.metrics import SLO
+from distserve.traces import Arrival
+from distserve.validate import grid
+from distserve.validate.record import Chosen, Key, Recording
+
+CHAT = CASES[0]
+
+
+def test_the_document_says_what_record_and_simulator_say_now() -> None:
+    written = (DOCS / "accuracy.md").read_text(encoding="utf-8")
+    said = written.partition(live.TITLE)
+    assert said[1] + said[2] == live.text(), (
+        "the predictions of the recorded runs have changed: look whether they became worse, then run "
+        "python -m experiments.accuracy live"
+    )
+
+
+def test_every_recorded_request_is_predicted() -> None:
+    for cell in live.live().comparison.cells:
+        assert len(cell.runs.predicted) == len(cell.runs.measured[0].records)
+        assert all(record.ok for record in cell.runs.predicted)
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Recording:
+    """Chat under two contenders of ours, lived by the simulator in place of a machine."""
+    costs = load_costs(write_costs(tmp_path / "costs.json"))
+    found = Recording(tmp_path / "runs.jsonl", MODEL, "somewhere", "some version")
+    found.begin()
+    found.add_chosen("all", CHAT.workload, Chosen((1.0, 4.0, 9.0), (CHAT.slo,)))
+    for name, plan in ((APART, "1p1d"), (WHOLE, "2c-whole")):
+        served = grid.pinned(grid.PLANS[plan], costs, MODEL, "cpu")
+        for rate in (1.0, 4.0, 9.0):
+            drawn = CHAT.lengths.workload.draw(rate, 150)
+            found.add(run_of(Key(name, CHAT.workload, rate, 0, 0), served, costs, drawn))
+    return found
+
+
+def test_goodput_is_read_off_the_measured_rates(recording: Recording) -> None:
+    found = results.rows(CHAT, recording)
+    assert [row.contender for row in found] == [APART, WHOLE]
+    for row in found:
+        shares = [share for _, share in row.curve(SLO(0.5, 0.05))]
+        assert shares[0] > GOAL > shares[-1]
+        goodput = row.goodput(SLO(0.5, 0.05))
+        assert goodput is not None
+        assert 1 < goodput < 9
+        by_scale = [share for _, share in row.scales(4.0)]
+        assert by_scale == sorted(by_scale)
+        assert results.bounds(row, SLO(1e-3, 1e-3)) == "below 1"
+        assert results.bounds(row, SLO(1e3, 1e3)) == "over 9"
+    assert results.best(found, SLO(0.5, 0.05)) in found
+
+
+def test_the_page_says_what_was_measured_and_what_was_not(recording: Recording, tmp_path: Path) -> None:
+    costs = tmp_path / "costs.json"
+    arguments = ["--costs", str(costs), "--record", str(recording.path), "--seconds", "0", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    text = (tmp_path / "goodput.md").read_text()
+    assert "## Chat" in text
+    assert "planner" in text
+    assert f"- chat: {CHUNKED}, 2x vLLM" in text
+    assert "- code completion: nothing" in text
+    assert (tmp_path / "images" / page.IMAGE).read_text().startswith("<?xml")
+    again = (tmp_path / "images" / page.IMAGE).read_bytes()
+    assert main(arguments) == 0
+    assert (tmp_path / "images" / page.IMAGE).read_bytes() == again
+
+
+def test_contenders_are_ours_with_sizes_written_down(tmp_path: Path) -> None:
+    from experiments.live_goodput.contenders import contenders
+
+    costs = load_costs(write_costs(tmp_path / "costs.json"))
+    found = contenders(CHAT, costs, OURS)
+    assert [contender.name for contender in found] == list(OURS)
+    chunked = found[-1].plan
+    assert chunked is not None
+    assert chunked.instances[0].chunk_tokens in (128, 256, 512, 1024)
+
+
+def test_a_round_robin_takes_turns() -> None:
+    async def go(urls: list[str]) -> list[str]:
+        async with RoundRobin(urls) as client:
+            body = b'{"prompt": [5, 6], "max_tokens": 2, "stream": true}'
+            sent = [await client.send("/v1/completions", body, Arrival(0, 2, 2), clock()) for _ in range(5)]
+        return [result.record.status for result in sent]
+
+    with serving() as one, serving() as two:
+        assert asyncio.run(go([one.url, two.url])) == ["ok"] * 5
+        assert (len(one.bodies), len(two.bodies)) == (3, 2)
+
+
+def test_a_case_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["--cases", "poetry"])
+    assert error.value.code == 2
+    assert "poetry" in capsys.readouterr().err
