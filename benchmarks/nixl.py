@@ -73,7 +73,7 @@ def source() -> None:
         """Handles of every set of blocks by both transports, of the same memory."""
         layout, num_blocks = layout_of(model, (degrees[0], degrees[1])), BLOCKS * SETS[model]
         memories = allocate(layout, num_blocks)
-        sources = {
+        sources: dict[str, Source] = {
             "shm": ShmSource(memories, num_blocks, layout),
             "nixl": NixlSource(memories, num_blocks, layout, agent=Agent(one_host=True)),
         }
