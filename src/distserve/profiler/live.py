@@ -122,8 +122,9 @@ class Probe:
         before = await self._scrape()
         ttft, gap = await self._send(tokens, 2)
         after = await self._until(before, 2)
-        self.around.request.setdefault(tokens, Series()).values.append(ttft - _step(before, after, _PREFILL))
-        self.around.hand_off.setdefault(tokens, Series()).values.append(gap - _step(before, after, _DECODE))
+        request, hand_off = ttft - _step(before, after, _PREFILL), gap - _step(before, after, _DECODE)
+        self.around.request.setdefault(tokens, Series()).values.append(request)
+        self.around.hand_off.setdefault(tokens, Series()).values.append(hand_off)
 
     async def together(self, streams: int, prompt: int, tokens: int) -> None:
         """So many streams of `tokens` tokens: what lies between two steps, from all having begun until one ends."""
@@ -134,8 +135,8 @@ class Probe:
             first, last = start + _SETTLE * streams, start + (tokens - _SETTLE) * streams
             before = await self._when(f"{name}_count", first)
             after = await self._when(f"{name}_count", last)
-            gap = _mean(before, after, name, "")
-            self.around.host.setdefault(streams, Series()).values.append(gap - _step(before, after, _DECODE))
+            host = _mean(before, after, name, "") - _step(before, after, _DECODE)
+            self.around.host.setdefault(streams, Series()).values.append(host)
         finally:
             await asyncio.gather(*sent)
 

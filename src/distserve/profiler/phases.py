@@ -179,23 +179,25 @@ async def neighbours(workers: Sequence[Remote], within: Range, found: Findings, 
     pairs = [(phase, theirs) for theirs in works for phase in works]
     while True:
         for phase, theirs in pairs:
-            await _spell(mine, works[phase], found.quiet.setdefault(phase, Series()), _SPELL / 2)
+            quiet = await _spell(mine, works[phase], _SPELL / 2)
             await other.begin(works[theirs])
             await asyncio.sleep(_WARM)
-            await _spell(mine, works[phase], found.beside.setdefault((phase, theirs), Series()), _SPELL)
+            beside = await _spell(mine, works[phase], _SPELL)
             await other.end()
+            found.quiet.setdefault(phase, Series()).values.append(quiet)
+            found.beside.setdefault((phase, theirs), Series()).values.append(beside)
             budget.tick()
             if budget.over() and len(found.beside) == len(pairs):
                 return
 
 
-async def _spell(worker: Remote, work: Work, series: Series, seconds: float) -> None:
-    """Mean steps of so many seconds, each step as long as it took, for one value."""
+async def _spell(worker: Remote, work: Work, seconds: float) -> float:
+    """The mean step of so many seconds."""
     took: list[float] = []
     end = time.monotonic() + seconds
     while not took or time.monotonic() < end:
         took += (await worker.time(work)).seconds
-    series.values.append(sum(took) / len(took))
+    return sum(took) / len(took)
 
 
 async def pulls(workers: Sequence[Remote], within: Range, found: Findings, budget: Budget) -> None:

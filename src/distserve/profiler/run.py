@@ -13,7 +13,6 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 
 from rich.console import Console
 
@@ -28,7 +27,7 @@ from distserve.profiler.grid import Range
 from distserve.profiler.phases import Budget, Findings
 from distserve.profiler.worker import find
 from distserve.profiler.workers import Workers
-from distserve.specs import ModelSpec
+from distserve.specs import DTYPE_BYTES, ModelSpec
 
 DEFAULT_KV = 1 << 30  # bytes of an instance's KV memory on a CPU, as `distserve serve` gives it
 GPU_SHARE = 0.4  # of a GPU's memory, of each of two workers that share it
@@ -58,6 +57,13 @@ class Options:
             raise UsageError(f"--time {self.time:g} is too short to measure anything: give {LEAST:g} seconds at least")
         if self.longest is not None and self.longest < 64:
             raise UsageError(f"--longest {self.longest} is too short for a fit: give 64 tokens at least")
+        for option, given, known in (
+            ("--device", self.device, ("auto", "cpu", "cuda")),
+            ("--dtype", self.dtype, ("auto", *DTYPE_BYTES)),
+            ("--block-size", self.block_size, (16, 32, 64)),
+        ):
+            if given not in known:
+                raise UsageError(f"{option} {given} is unknown: one of {', '.join(map(str, known))}")
         for name, value in (("--tp", self.tp), ("--pp", self.pp)):
             if value < 1:
                 raise UsageError(f"{name} {value} is too small: at least 1")
@@ -202,8 +208,3 @@ def _heading(options: Options, engine: EngineOptions, spec: ModelSpec) -> assemb
         token_bytes=layout.token_bytes,
         kv_memory=engine.kv_bytes if on_cpu or options.kv_memory is not None else None,
     )
-
-
-def default_output(model: str) -> str:
-    """costs-NAME.json, beside whoever asks."""
-    return f"costs-{Path(model).stem or 'model'}.json"
