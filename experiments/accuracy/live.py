@@ -50,8 +50,8 @@ Where an error comes from: the server counts its steps and their seconds. *Steps
 predicted, by role. The last two columns are errors of attainment at the first SLO, in points: as predicted, and
 predicted again with steps as long, on average, as they were in that very run. What is left then is the error of
 queues, batches, pulls, gateway and client; the difference is a machine that was slower or faster than when its costs
-were measured. *Others* is what programs that are neither server nor client used of a core meanwhile, where it was
-recorded.
+were measured. *Others* is what programs that are neither server nor client used of a core meanwhile: a run with more
+than a tenth of a core of them is shown, but counts in no error above and in no capacity.
 """
 GRID = """
 Of the grid that `distserve validate` measures unless told otherwise (three plans, three workloads, five rates each: 45

@@ -35,7 +35,7 @@ MODEL = "smollm2-135m-instruct"
 APART, WHOLE, CHUNKED, VLLM = "1 prefill + 1 decode", "2 colocated, whole prompts", "2 colocated, chunked", "2x vLLM"
 OURS = (APART, WHOLE, CHUNKED)
 ALL = (*OURS, VLLM)
-CHUNKS = (128, 256, 512, 1024)  # tokens a step
+CHUNKS = (256, 512, 1024)  # tokens a step; fewer than sequences that may decode in it would be no chunk
 _TIMEOUT = 600.0
 
 

@@ -94,7 +94,7 @@ def test_contenders_are_ours_with_sizes_written_down(tmp_path: Path) -> None:
     assert [contender.name for contender in found] == list(OURS)
     chunked = found[-1].plan
     assert chunked is not None
-    assert chunked.instances[0].chunk_tokens in (128, 256, 512, 1024)
+    assert chunked.instances[0].chunk_tokens in (256, 512, 1024)
 
 
 def test_a_round_robin_takes_turns() -> None:

@@ -5,7 +5,8 @@
     error of a latency       predicted / measured - 1
     noise                    how far repeated runs of the same requests lie apart: the mean over their pairs
 
-A run that the client spoiled is shown, and counts in no error. Of repeated runs the mean is what was measured.
+A run that the client or other programs spoiled is shown, and counts in no error. Of repeated runs the mean is what was
+measured.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Cell:
 
     @property
     def spoiled(self) -> str:
-        return next((run.bottleneck for run in self.runs.measured if run.bottleneck), "")
+        return next((run.spoiled for run in self.runs.measured if run.spoiled), "")
 
     @property
     def attainment(self) -> float:
@@ -122,7 +123,7 @@ class Cell:
             "noise": {f"{name}_{part}": self.latency_noise(name, part) for name, part in LATENCIES},
             "client": [dict(run.client) for run in self.runs.measured],
             "server": [dict(run.server) for run in self.runs.measured],
-            "bottleneck": self.spoiled or None,
+            "spoiled": self.spoiled or None,
             "warnings": [warning for run in self.runs.measured for warning in run.warnings],
         }
 

@@ -31,7 +31,6 @@ from distserve.workload import Workload
 
 # Requests, and requests/s, before anything counts: the first touch of memory and of code is slow.
 _WARM_UP, _WARM_UP_RATE = 8, 8.0
-_CALM = 0.1  # cores that others may use before it is said
 _SAMPLE = re.compile(r"^(?P<name>[a-z_:]+)_(?P<part>sum|count)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
 _ROLE = re.compile(r'(?:role|phase)="([a-z]+)"')
 # What tells where time went, of the server's histograms (docs/reference/metrics.md).
@@ -109,12 +108,6 @@ def _measured(key: Key, outcome: Outcome, server: dict[str, float], meanwhile: d
         "sent_share": sent_share(run),
         **meanwhile,
     }
-    warnings = list(outcome.warnings)
-    if meanwhile.get("others", 0.0) + meanwhile.get("stolen", 0.0) > _CALM:
-        warnings.append(
-            f"other programs used {meanwhile['others']:.0%} of a core meanwhile, and the machine's host took "
-            f"{meanwhile['stolen']:.0%}: the live side is slower than on a quiet machine"
-        )
     return Measured(
         key,
         outcome.report.warmup,
@@ -123,7 +116,7 @@ def _measured(key: Key, outcome: Outcome, server: dict[str, float], meanwhile: d
         client,
         outcome.bottleneck if not outcome.kept_up else "",
         {name: value for name, value in server.items() if not math.isnan(value)},
-        tuple(warnings),
+        tuple(outcome.warnings),
     )
 
 

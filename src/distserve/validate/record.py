@@ -26,6 +26,7 @@ from distserve.traces import Arrival
 from distserve.workload import Workload
 
 FORMAT = 1
+CALM = 0.1  # cores that other programs may use meanwhile
 _DIGITS = 6  # microseconds
 
 
@@ -52,10 +53,24 @@ class Measured:
     records: tuple[Record, ...]  # in order of arrival
     client: Mapping[str, float] = field(
         default_factory=dict
-    )  # cpu (share of a core), late_p99, lag_p99 (s), sent_share
+    )  # cpu (share of a core), late_p99, lag_p99 (s), sent_share;
+    # others, stolen: cores that other programs used meanwhile, and that the machine's host took
     bottleneck: str = ""  # how the client spoiled the run; "": it did not
     server: Mapping[str, float] = field(default_factory=dict)  # by how much its metrics grew
     warnings: tuple[str, ...] = ()
+
+    @property
+    def disturbed(self) -> float:
+        """Cores that neither the server nor the client had, where that is more than a quiet machine's; else 0."""
+        found = self.client.get("others", 0.0) + self.client.get("stolen", 0.0)
+        return found if found > CALM else 0.0
+
+    @property
+    def spoiled(self) -> str:
+        """Why it says little of the server, in a clause; "": nothing speaks against it."""
+        if self.bottleneck:
+            return "client too slow"
+        return f"others used {self.disturbed:.0%} of a core" if self.disturbed else ""
 
     def workload(self) -> Workload:
         """What was offered, to be replayed."""

@@ -210,6 +210,11 @@ async def _one(validation: Validation, site: live.Site, key: Key) -> None:
     if measured is None:
         raise asyncio.CancelledError
     validation.recording.add(measured)
+    validation.fresh.add(key)
+    if measured.disturbed:
+        show.say(
+            f"warning: {key}: {measured.spoiled} meanwhile: it counts in no error; measure again when all is quiet"
+        )
     for warning in measured.warnings:
         print(f"distserve: warning: {key}: {warning}", file=sys.stderr)
 

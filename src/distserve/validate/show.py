@@ -77,9 +77,7 @@ def _table(found: Sequence[Cell]) -> Table:
             latency_pair(row[0], *name.lower().split()) for name in ("TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90")
         ]
         attainments = [attainment_pair(judged[slo]) if slo in judged else "" for slo in slos]
-        table.add_row(
-            f"{rate:g}/s", *attainments, *latencies, step_pairs(row[0]), "client too slow" if row[0].spoiled else ""
-        )
+        table.add_row(f"{rate:g}/s", *attainments, *latencies, step_pairs(row[0]), row[0].spoiled)
     return table
 
 

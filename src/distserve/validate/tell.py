@@ -33,10 +33,12 @@ def tell(validation: Validation) -> int:
     console.print(f"the client took {show.busy(found.cells)}", highlight=False)
     for note in found.notes:
         show.say(f"note: {note}")
-    left = len(validation.left)
-    if left:
-        more = f": the same command measures them into {options.record}" if options.record is not None else ""
-        show.say(f"{left} of {len(validation.cells)} runs are not measured yet{more}")
+    more = f": the same command measures them into {options.record}" if options.record is not None else ""
+    if validation.missing:
+        show.say(f"{validation.missing} of {len(validation.cells)} runs are not measured yet{more}")
+    spoiled = sum(bool(run.spoiled) for runs in _once(found) for run in runs.measured)
+    if spoiled:
+        show.say(f"{spoiled} of {len(validation.cells)} runs were spoiled and count in no error{more}")
     if options.requests_out is not None:
         write_text(options.requests_out, rows(found))
     if options.plot is not None:
@@ -94,7 +96,7 @@ def _json(validation: Validation, found: Comparison) -> dict[str, Any]:
         "goal": validation.options.goal,
         "plans": {name: plan.to_toml() for name, plan in recording.served.items()},
         **found.to_dict(),
-        "not_measured": len(validation.left),
+        "not_measured": validation.missing,
         "failures": validation.failures,
         "interrupted": validation.interrupted,
     }

@@ -24,14 +24,21 @@ class Validation:
     recording: Recording
     cells: list[Key] = field(default_factory=list)  # of the grid; of --from, what the file has
     lengths: dict[str, Lengths] = field(default_factory=dict)
+    fresh: set[Key] = field(default_factory=set)  # measured by this command
     interrupted: bool = False
     out_of_time: bool = False
     failures: list[str] = field(default_factory=list)  # servers that did not start or died
 
     @property
+    def missing(self) -> int:
+        """Runs of the grid that nobody measured."""
+        return sum(key not in self.recording.runs for key in self.cells)
+
+    @property
     def left(self) -> list[Key]:
-        """Not measured yet."""
-        return [key for key in self.cells if key not in self.recording.runs]
+        """To be measured: not done yet, or when the machine had other work: those are measured again."""
+        runs = self.recording.runs
+        return [key for key in self.cells if key not in self.fresh and (key not in runs or runs[key].disturbed)]
 
     def slos(self, plan: str, workload: str) -> Sequence[SLO]:
         chosen = self.recording.chosen.get((plan, workload))
