@@ -34,7 +34,7 @@ def starts(prompts: float, decodes: float, cluster: Cluster = ONE) -> dict[str, 
     run = imagine(
         APART,
         workload,
-        costs(prompts, decodes),  # type: ignore[arg-type]  # an engine of its own
+        costs(prompts, decodes),
         cluster=cluster,
         trace=lambda name, start, items: found.setdefault(name, []).append(start),
     )
