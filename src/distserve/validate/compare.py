@@ -137,7 +137,7 @@ def grouped(runs: Iterable[Measured]) -> list[tuple[Measured, ...]]:
     """Runs of the same requests together, in the order of their first."""
     found: dict[tuple[Any, ...], list[Measured]] = {}
     for run in runs:
-        found.setdefault(run.key[:-1], []).append(run)
+        found.setdefault((*run.key[:-1], len(run.records)), []).append(run)
     return [tuple(sorted(group, key=lambda run: run.key.repeat)) for group in found.values()]
 
 
