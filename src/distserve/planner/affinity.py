@@ -38,12 +38,16 @@ def low_affinity(costs: Costs, cluster: Cluster, demand: Demand, rate: float | N
     return False, f"{facts}, {busy:.0%} of the network at {offered:g} requests/s"
 
 
-def network_bound(costs: Costs, cluster: Cluster, demand: Demand, plan: Plan) -> float:
+def network_bound(costs: Costs, cluster: Cluster, demand: Demand, plan: Plan, enough: float = 0.0) -> float:
     """Requests/s whose KV the links of a seated plan can move, where each decode instance takes as many as the others
-    from each prefill instance: a router that does not know nodes spreads them so. Infinite without pulls."""
+    from each prefill instance: a router that does not know nodes spreads them so. Infinite without pulls. A bound that
+    is below `enough` may be a little too high."""
     links = Links(cluster)
     size = demand.pulled_tokens * kv_token_bytes(costs.spec, dtype=costs.dtype)
     prefill, decode = (_alike(plan, role) for role in (Role.PREFILL, Role.DECODE))
+    crossing = max(_crossing(prefill, decode), _crossing(decode, prefill))
+    if crossing and size and (bound := links.efficiency * cluster.inter_node_bandwidth / (size * crossing)) < enough:
+        return bound
     pairs = sum(number for _, number in prefill) * sum(number for _, number in decode)
     seconds: dict[Link, float] = {}  # of each link, for a request
     for one, ones in prefill:
@@ -64,3 +68,21 @@ def _alike(plan: Plan, role: Role) -> list[tuple[Seats, int]]:
             seats = Seats(replica.devices, replica.spec.tp, replica.spec.pp)
             kinds.setdefault((seats.tp, seats.pp, tuple(map(node_of, seats.devices))), []).append(seats)
     return [(seats[0], len(seats)) for seats in kinds.values()]
+
+
+def _crossing(ones: list[tuple[Seats, int]], others: list[tuple[Seats, int]]) -> float:
+    """The least share of a request's KV that leaves (or enters) the busiest node of `ones`: of those that sit in one
+    node, all that moves to instances that have no device there."""
+    inside: dict[str, int] = {}
+    beside: dict[str, int] = {}
+    for seats, number in ones:
+        nodes = set(map(node_of, seats.devices))
+        if len(nodes) == 1:
+            node = nodes.pop()
+            inside[node] = inside.get(node, 0) + number
+    for seats, number in others:
+        for node in set(map(node_of, seats.devices)):
+            beside[node] = beside.get(node, 0) + number
+    of_ones, of_others = (sum(number for _, number in each) for each in (ones, others))
+    shares = [count / of_ones * (1 - beside.get(node, 0) / of_others) for node, count in inside.items()]
+    return max(shares, default=0.0)

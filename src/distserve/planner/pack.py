@@ -11,7 +11,7 @@ node of 8 holds two groups of 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -20,15 +20,14 @@ from distserve.plan import InstanceSpec, Plan
 from distserve.planner.candidates import Deployment
 
 _Seats = list[str]
-_Choice = Callable[[int], float]  # free devices of a node that has room -> the node with the least is taken
+_Choice = int  # 1: of the nodes that have room the one with the least is taken, -1: the one with the most
 
 
 def pack(
     deployment: Deployment, cluster: Cluster, model: str | None = None, *, taken: Sequence[str] = ()
 ) -> Plan | None:
     """The plan with its seats, or None where they do not fit beside the devices that are taken."""
-    choices: tuple[_Choice, ...] = (lambda free: free, lambda free: -free)
-    for choice in choices:
+    for choice in (1, -1):
         seats = _Room(cluster, taken).seat(deployment, choice)
         if seats is not None:
             groups = tuple(
@@ -44,6 +43,7 @@ class _Room:
 
     def __init__(self, cluster: Cluster, taken: Sequence[str]) -> None:
         self._free = [[name for name in node if name not in taken] for node in _names(tuple(cluster.node_sizes))]
+        self._room = [len(free) for free in self._free]
 
     def seat(self, deployment: Deployment, choice: _Choice) -> list[list[_Seats]] | None:
         """By group: the devices of each instance in (pp, tp) order."""
@@ -90,17 +90,15 @@ class _Room:
         return found
 
     def _node(self, needed: int, choice: _Choice, but: Sequence[int] = ()) -> int | None:
-        found, least = None, 0.0
-        for node, free in enumerate(self._free):
-            room = len(free)
-            if room >= needed and node not in but:
-                value = choice(room)
-                if found is None or value < least:
-                    found, least = node, value
+        found, least = None, 0
+        for node, room in enumerate(self._room):
+            if room >= needed and (found is None or choice * room < least) and node not in but:
+                found, least = node, choice * room
         return found
 
     def _take(self, node: int, number: int) -> _Seats:
         seats, self._free[node] = self._free[node][:number], self._free[node][number:]
+        self._room[node] -= number
         return seats
 
 

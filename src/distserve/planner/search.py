@@ -156,7 +156,8 @@ class Search:
         if plan is None or not apart or deployment.span or self.world.cluster.nodes == 1:
             return plan
         costs, cluster = self.world.costs, self.world.cluster
-        return plan if rate <= _UNEVEN * network_bound(costs, cluster, self.demand, plan) else None
+        enough = rate / _UNEVEN
+        return plan if enough <= network_bound(costs, cluster, self.demand, plan, enough) else None
 
     @property
     def smallest(self) -> int:
