@@ -12,6 +12,7 @@ import functools
 import mmap
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from distserve.native import BuildError, build
 _LINE = 64  # bytes of a counter
 _SLOT = 1 << 18  # floats of a rank's part of a board
 _BOXES, _BOX = 4, 8 << 20  # host_links.c; bytes. What is never written to takes no memory.
+_PAUSE = 2e-3  # seconds between two looks for the first rank
 _LOOKS = 500  # at a counter before sleeping, some ten microseconds: less than to fall asleep and to be woken
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -68,7 +70,8 @@ def library() -> ctypes.CDLL | None:
 
 
 class HostLinks:
-    """See `collectives.Links`. `path`: a file that only an instance's ranks use, new and empty, or not there yet."""
+    """See `collectives.Links`. `path`: a file that is not there yet, in which the first rank tells the others where the
+    memory is; without it they wait for it."""
 
     def __init__(self, native: ctypes.CDLL, place: Place, path: Path) -> None:
         sharding = place.sharding
@@ -78,7 +81,9 @@ class HostLinks:
         stage = sharding.tp * _LINE + board
         way = 2 * _LINE + _BOXES * _BOX
         stages = sharding.pp * _pages(stage)
-        self._memory = _map(path, stages + sharding.num_ranks * _pages(way))
+        size = stages + sharding.num_ranks * _pages(way)
+        self._file = _create(path, size) if place.rank == 0 else _find(path)
+        self._memory = mmap.mmap(self._file, size)
         self._base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
 
         at = self._base + place.stage * _pages(stage)
@@ -125,21 +130,28 @@ class HostLinks:
         return x
 
     def close(self) -> None:
-        """The memory goes with the last rank that maps it, once its file is removed."""
+        """The memory goes with the last rank that maps it."""
+        os.close(self._file)
 
 
 def _pages(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _map(path: Path, size: int) -> mmap.mmap:
-    """Zeros, whichever rank comes first."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(fd, size)
-        return mmap.mmap(fd, size)
-    finally:
-        os.close(fd)
+def _create(path: Path, size: int) -> int:
+    """`size` bytes of zeros, which nobody need remove; the file beside `path` gets its name when it is whole."""
+    memory = os.memfd_create("distserve-links", os.MFD_CLOEXEC)
+    os.ftruncate(memory, size)
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(f"/proc/{os.getpid()}/fd/{memory}")
+    unfinished.replace(path)
+    return memory
+
+
+def _find(path: Path) -> int:
+    while not path.exists():  # the first rank starts beside this one
+        time.sleep(_PAUSE)
+    return os.open(path.read_text(), os.O_RDWR | os.O_CLOEXEC)
 
 
 def _address(function: Any) -> int:

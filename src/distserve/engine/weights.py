@@ -9,6 +9,7 @@ exists twice.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +28,7 @@ from distserve.errors import ModelError
 _COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rope_freqs.weight")
 
 _DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
-_KEPT = 64 << 20  # bytes of a file that may stay mapped in memory between modules
+_KEPT = 16 << 20  # bytes of a file that may stay mapped in memory between modules
 
 Slices = tuple[slice, ...]
 
@@ -173,7 +174,9 @@ class SafetensorsCheckpoint:
         name = slot.source.removeprefix(self._left_out)
         values = self._file(self._places[name]).get_slice(name)[slot.stored_slices(slices)]
         into.copy_(values.T if slot.transposed and values.dim() > 1 else values)
-        self._since_forgotten += values.nbytes
+        # Of columns, or of what is stored as columns, every page is touched.
+        touched = slot.split is Split.ROW or slot.transposed
+        self._since_forgotten += math.prod(slot.stored_shape) * values.itemsize if touched else values.nbytes
 
     def forget(self) -> None:
         if self._since_forgotten > _KEPT:
@@ -231,6 +234,7 @@ class GGUFCheckpoint:
             values = torch.from_numpy(piece if len(slices) == 1 else piece[:, slices[1]])
             into[first : first + len(values)].copy_(values)
             first += len(values)
+            self._file.forget()
 
     def forget(self) -> None:
-        self._file.forget()
+        """Was done piece by piece."""
