@@ -3,7 +3,7 @@ Knows no worker and no clock.
 
     request, host     straight lines through what was measured at two sizes or more, no part below 0
     pull              the bandwidth from large pulls less small ones, publishing included, for it is waited for, too;
-                      what is left of a hand-off through the gateway is its fixed part
+                      what is left of a short prompt's hand-off through the gateway is its fixed part
 """
 
 from __future__ import annotations
@@ -105,19 +105,20 @@ def pulls(found: Findings, heading: Heading) -> tuple[float | None, float]:
         return None, fixed
     if found.around.hand_off:
         block = heading.block_size
-        sizes = {-(-n // block) * block * heading.token_bytes: s.seconds for n, s in found.around.hand_off.items()}
-        fixed = min(max(0.0, seconds - size * per_byte) for size, seconds in sizes.items())
+        shortest = min(found.around.hand_off)
+        size = -(-shortest // block) * block * heading.token_bytes
+        fixed = max(0.0, found.around.hand_off[shortest].seconds - size * per_byte)
     return 1 / per_byte, fixed
 
 
 def beside(found: Findings) -> dict[str, dict[str, float]]:
-    """How many times as long each phase's steps take beside another's. Means of all that was measured, the slow times
-    too: a neighbour may slow its own machine down by spells (two processors of a virtual machine that now share a core
-    and now do not), and what a server will see is their share."""
+    """How many times as long as alone and undisturbed, which is what points say, each phase's steps take beside
+    another's. The mean of all that was measured, the slow times too: a neighbour may slow its machine down by spells
+    (two processors of a virtual machine that now share a core and now do not), and a server will see their share."""
     shares: dict[str, dict[str, float]] = {}
     for (phase, neighbour), series in found.beside.items():
         if phase in found.quiet:
-            share = fmean(series.values) / fmean(found.quiet[phase].values)
+            share = fmean(series.values) / found.quiet[phase].seconds
             shares.setdefault(f"{phase}_beside", {})[neighbour] = round(max(1.0, share), 3)
     return shares
 
