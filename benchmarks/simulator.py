@@ -5,22 +5,27 @@ with upstream's event loop on the same case.
 
 The case is the one upstream publishes figures for: OPT-13B on A100s, prefill tp 2, decode tp 1, ShareGPT lengths at 4.5
 requests/s. Its event loop takes 0.46 s of processor time for 1,000 requests, 1.4 s with its post-processing (LLMServe/
-DistServe, simdistserve, commit 82831f1, measured on a machine of this kind). Ours is timed whole: requests in, records
-out, and once more with every step taken one by one.
+DistServe, simdistserve, commit 82831f1, measured on a machine of this kind). Ours is timed the same two ways: the world
+from its first request to its last, and that with the records and the report of them. Once more it is timed with every
+step taken one by one, and as the interpreter runs it, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
+from distserve import compiled
 from distserve.costs.base import Costs
 from distserve.costs.choose import choose_costs
 from distserve.plan import InstanceSpec, Plan, Policy, Role
 from distserve.sched.continuous import ContinuousScheduler
-from distserve.sim.simulate import imagine
+from distserve.sim.simulate import imagine, summarize
 from distserve.workload import Workload
 
 UPSTREAM = {"event loop": 0.46, "with post-processing": 1.4}  # seconds of processor time for 1,000 requests
@@ -50,13 +55,35 @@ def cases(rate: float) -> list[Case]:
     ]
 
 
-def seconds(case: Case, requests: int) -> float:
-    """Of processor time."""
+def seconds(case: Case, requests: int) -> tuple[float, float]:
+    """Of processor time: (until the last request is over, until its report is there)."""
     workload = Workload.load("sharegpt").draw(case.rate, requests)
     gc.collect()
     began = time.process_time()
-    imagine(case.plan, workload, case.costs)
-    return time.process_time() - began
+    run = imagine(case.plan, workload, case.costs)
+    over = time.process_time() - began
+    summarize(run, case.plan, workload)
+    return over, time.process_time() - began
+
+
+def lived(case: Case, requests: int) -> float:
+    """Only until the last request is over."""
+    return seconds(case, requests)[0]
+
+
+def one_by_one(case: Case, requests: int) -> float:
+    """The same, with every step by itself. In the interpreter: compiled methods cannot be replaced."""
+    ContinuousScheduler.repeats = lambda self, batch: 1  # type: ignore[method-assign]
+    return lived(case, requests)
+
+
+def interpreted(what: str, requests: int, rate: float) -> float:
+    """Seconds of a function of this module, in another process."""
+    case = f"cases({rate})[0]"
+    code = f"from benchmarks.simulator import *; seconds({case}, 500); print({what}({case}, {requests}))"
+    environment = os.environ | {compiled.OFF: "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def main() -> None:
@@ -64,23 +91,23 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--rate", type=float, default=4.5)
     args = parser.parse_args()
+    requests = args.requests
+    print("compiled" if compiled.in_use() else f"interpreted ({compiled.notice()})")
     seconds(cases(args.rate)[0], 500)  # warm
     for case in cases(args.rate):
-        requests = args.requests
-        took = seconds(case, requests)
-        print(f"{case.name:<42}{requests:>7} requests {took:6.2f} s  {took / requests * 1e6:6.0f} us a request")
+        over, whole = seconds(case, requests)
+        each = f"{over / requests * 1e6:5.1f} us a request, {whole / requests * 1e6:5.1f} with its report"
+        print(f"{case.name:<42}{requests:>7} requests {over:6.2f} s  {each}")
     pair = cases(args.rate)[0]
-    small, large = seconds(pair, args.requests // 8), seconds(pair, args.requests)
+    small, _ = seconds(pair, requests // 8)
+    large, whole = min(seconds(pair, requests) for _ in range(3))
     print(f"eight times the requests take {large / small:.1f} times as long (8.0 is linear)")
-    for name, upstream in UPSTREAM.items():
-        print(f"upstream's {name}: {upstream * args.requests / 1000 / large:.0f} times as long")
-    repeats = ContinuousScheduler.repeats
-    ContinuousScheduler.repeats = lambda self, batch: 1  # type: ignore[method-assign]
-    try:
-        one_by_one = seconds(pair, args.requests)
-    finally:
-        ContinuousScheduler.repeats = repeats  # type: ignore[method-assign]
-    print(f"every step by itself: {one_by_one:.2f} s, {one_by_one / large:.2f} times as long")
+    for (name, upstream), ours in zip(UPSTREAM.items(), (large, whole), strict=True):
+        print(f"upstream's {name}: {upstream * requests / 1000 / ours:.0f} times as long")
+    plain = interpreted("lived", requests // 4, args.rate)
+    print(f"interpreted: {plain / (requests // 4) * 1e6:.0f} us a request, {4 * plain / large:.1f} times as long")
+    single = interpreted("one_by_one", requests // 4, args.rate)
+    print(f"interpreted, every step by itself: {single / plain:.2f} times as long as in closed form")
 
 
 if __name__ == "__main__":

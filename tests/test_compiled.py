@@ -16,7 +16,7 @@ from distserve.native import BuildError
 
 # Every kind of instance, alone and several, with room and without, with stages, by measured and by derived costs.
 SCRIPT = """
-import json, sys
+import json, pickle, sys
 from distserve import compiled
 from distserve.costs.choose import choose_costs
 from distserve.plan import InstanceSpec, Plan, Policy, Role
@@ -30,7 +30,7 @@ def instances(text):
 
 found = []
 for model, device, costs, rate, text in json.loads(sys.argv[1]):
-    chosen = choose_costs(model, device, costs)
+    chosen = pickle.loads(pickle.dumps(choose_costs(model, device, costs)))  # as other processes get them
     workload = Workload.load("sharegpt").draw(rate, 250, seed=3).clipped(chosen.spec.max_model_len)
     batches = []
     trace = lambda name, start, items: batches.append((name, start.hex(), items))
