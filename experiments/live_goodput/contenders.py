@@ -6,7 +6,6 @@ instances is; our gateway and vLLM's front ends share the cores with them, and s
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -84,14 +83,12 @@ async def serving(contender: Contender, vllm_python: str | None) -> AsyncIterato
         return
     assert vllm_python is not None, "vLLM is a contender where its interpreter is named"
     async with AsyncExitStack() as stack:
-        folder = await asyncio.to_thread(demo_folder)
-        urls = []
-        for core in ("0", "1"):
-            server = processes.vllm(vllm_python, folder, kv_gib=1, cores=core)
-            server.log = server.log.with_name(f"server-vllm-{core}.log")
-            stack.callback(server.__exit__, None, None, None)
-            await asyncio.to_thread(server.__enter__)
-            urls.append(server.url)
+        folder = demo_folder()
+        replicas = [processes.vllm(vllm_python, folder, kv_gib=1, cores=core) for core in ("0", "1")]
+        for number, replica in enumerate(replicas):
+            replica.log = replica.log.with_name(f"server-vllm-{number}.log")
+            stack.enter_context(replica)  # nothing else runs in this loop while it starts
+        urls = [replica.url for replica in replicas]
         client = await stack.enter_async_context(RoundRobin(urls))
         named = await servers.look(client, None)
         prompts = await making.learn(client, named, chat=False, kind="auto", seed=0)
