@@ -38,6 +38,7 @@ NOUNS = {
     "cluster",
     "knee",
     "line",
+    "flags",
     "outputs",
     "plots",
     "steady",
@@ -74,6 +75,7 @@ LIBRARIES = {
     "aiconfigurator_core": {"costs.aiconfigurator"},
     "typer": {
         "cli",
+        "flags",
         "serve.command",
         "bench.command",
         "planner.command",

@@ -8,27 +8,13 @@ from typing import Annotated
 import typer
 
 from distserve.bench.options import BenchOptions, parse_numbers
+from distserve.flags import Cv, JsonOut, Rate, RequestsOut, Warmup, WorkloadName
 
 
 def bench(
     url: Annotated[str, typer.Option(metavar="URL", help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
-    workload: Annotated[
-        str,
-        typer.Option(
-            "--workload",
-            "-w",
-            metavar="NAME|FILE",
-            help="Lengths of prompts and answers: sharegpt, humaneval, longbench, or a CSV, JSONL, Mooncake or Azure "
-            "trace file (docs/reference/workload.md).",
-        ),
-    ] = "sharegpt",
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="R",
-            help="Draw arrivals at R requests a second. A file that has arrival times needs none: it is replayed.",
-        ),
-    ] = None,
+    workload: WorkloadName = "sharegpt",
+    rate: Rate = None,
     rates: Annotated[
         str | None,
         typer.Option(metavar="A,B,C", help="One run after the other at each of these rates, and the goodput."),
@@ -41,13 +27,7 @@ def bench(
             "where to begin, else 1.",
         ),
     ] = False,
-    cv: Annotated[
-        float,
-        typer.Option(
-            metavar="CV",
-            help="Coefficient of variation of the gaps: 1 is Poisson, above it bursts (gamma), 0 is fixed.",
-        ),
-    ] = 1.0,
+    cv: Cv = 1.0,
     fixed: Annotated[bool, typer.Option("--fixed", help="Evenly spaced arrivals; the same as --cv 0.")] = False,
     requests: Annotated[
         int | None,
@@ -75,14 +55,7 @@ def bench(
             "goal of a goodput, which is 0.9 unless given.",
         ),
     ] = None,
-    warmup: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="Requests that arrive earlier than this load the server but count for nothing.  "
-            "[default: a tenth of a drawn run; 0 when a file is replayed]",
-        ),
-    ] = None,
+    warmup: Warmup = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which of the server's models.  [default: its first]")
     ] = None,
@@ -123,10 +96,8 @@ def bench(
     devices: Annotated[
         int | None, typer.Option(metavar="N", help="How many devices serve, for the rate per device.")
     ] = None,
-    json_out: Annotated[
-        str | None, typer.Option("--json", metavar="FILE|-", help="Write the report as JSON; - is stdout.")
-    ] = None,
-    requests_out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV row for each request.")] = None,
+    json_out: JsonOut = None,
+    requests_out: RequestsOut = None,
     plot: Annotated[
         Path | None,
         typer.Option(

@@ -15,6 +15,7 @@ from rich.table import Table
 from distserve.bench.client import UNFINISHED
 from distserve.bench.measure import Measure, Outcome
 from distserve.bench.search import Found
+from distserve.metrics import CONFIDENCE
 from distserve.tables import milliseconds
 
 _RECENT = 500  # requests that the live figures look at
@@ -112,9 +113,9 @@ def goodput(found: Found, goal: float, devices: int | None, lowest: float, out: 
     each = f", {found.rate / devices:.3g} per device" if devices else ""
     answer = f"{found.rate:.3g} requests/s{each}" if found.rate else f"none: not even {lowest:.3g} requests/s attain it"
     out.print(f"[bold]goodput[/bold] at {goal:.0%}: {answer}", highlight=False)
-    low = f"from {found.low:.3g}" if found.low else "below the lowest rate that was measured"
-    high = f"to {found.high:.3g} requests/s" if found.high is not None else "; no rate was surely too high"
-    out.print(f"95% sure: {low} {high} ({found.why})".replace(" ;", ";"), highlight=False)
+    low = f"at least {found.low:.3g}" if found.low else "no rate attains it for sure (offer more, -n)"
+    high = f"at most {found.high:.3g} requests/s" if found.high is not None else "none was surely too high"
+    out.print(f"{CONFIDENCE:.0%} sure: {low}, {high} ({found.why})", highlight=False)
 
 
 def console(stderr: bool) -> Console:

@@ -7,36 +7,17 @@ from typing import Annotated
 
 import typer
 
+from distserve.flags import Cv, JsonOut, Rate, RequestsOut, Warmup, WorkloadName
+
 
 def simulate(
     plan: Annotated[
         Path,
         typer.Option(metavar="FILE", help="Which instances serve which model: a TOML file (docs/reference/plan.md)."),
     ],
-    workload: Annotated[
-        str,
-        typer.Option(
-            "--workload",
-            "-w",
-            metavar="NAME|FILE",
-            help="Lengths of prompts and answers: sharegpt, humaneval, longbench, or a CSV, JSONL, Mooncake or Azure "
-            "trace file (docs/reference/workload.md).",
-        ),
-    ] = "sharegpt",
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="R",
-            help="Draw arrivals at R requests a second. A file that has arrival times needs none: it is replayed.",
-        ),
-    ] = None,
-    cv: Annotated[
-        float,
-        typer.Option(
-            metavar="CV",
-            help="Coefficient of variation of the gaps: 1 is Poisson, above it bursts (gamma), 0 is fixed.",
-        ),
-    ] = 1.0,
+    workload: WorkloadName = "sharegpt",
+    rate: Rate = None,
+    cv: Cv = 1.0,
     requests: Annotated[
         int | None,
         typer.Option(
@@ -62,14 +43,7 @@ def simulate(
             help="Exit with status 1 when fewer than this share of the requests meet the targets, as in 0.9.",
         ),
     ] = None,
-    warmup: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="Requests that arrive earlier than this load the instances but count for nothing.  "
-            "[default: a tenth of a drawn run; 0 when a file is replayed]",
-        ),
-    ] = None,
+    warmup: Warmup = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Goes before the plan's model.")] = None,
     device: Annotated[
         str | None,
@@ -91,10 +65,8 @@ def simulate(
             "builds them]",
         ),
     ] = None,
-    json_out: Annotated[
-        str | None, typer.Option("--json", metavar="FILE|-", help="Write the report as JSON; - is stdout.")
-    ] = None,
-    requests_out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV row for each request.")] = None,
+    json_out: JsonOut = None,
+    requests_out: RequestsOut = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw TTFT, TPOT and attainment over time, as .png or .svg (extra: plots)."),
