@@ -31,7 +31,7 @@ from distserve.engine.hub import resolve
 DEGREES = [(1, 1), (3, 1), (1, 2), (1, 3), (3, 2)]
 ROWS = (1, 32, 512)  # tokens of a step
 WIDTH = 576  # hidden size of the demo model
-CONTEXT, STEPS = 256, 24
+CONTEXT, STEPS = 128, 24
 INSTANCES: dict[str, tuple[str, ...]] = {"one rank": (), "pp 2": ("--pp", "2"), "tp 2": ("--tp", "2")}
 MIB = 2**20
 

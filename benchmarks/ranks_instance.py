@@ -25,9 +25,9 @@ from distserve.sched.base import Batch, Sequence
 from distserve.serve.ranks import spawn_ranks
 from distserve.transfer.memory import SharedMemory
 
-KV = 1 << 30  # bytes of each rank
+KV = 2 << 30  # bytes of each rank
 BLOCK = 32  # tokens
-ROOM = 512  # tokens that an open batch may grow by
+ROOM = 256  # tokens that an open batch may grow by
 
 
 class Instance:
@@ -85,6 +85,7 @@ class Instance:
         """Makes `groups` batches of `batch` sequences ready to decode: their prompts are computed."""
         self._close()
         each = -(-(context + ROOM) // BLOCK)
+        assert groups * batch * each <= self.executor.num_blocks, "more blocks than there are"
         self.groups: list[list[Sequence]] = []
         for group in range(groups):
             first = group * batch * each
