@@ -58,12 +58,14 @@ TYPES: Final = (
     "costs.seats",
     "errors",
     "knee",
+    "machine",
     "metrics",
     "plan",
     "sched.policy",  # its Literal types are read by the decoder of an instance's configuration
     "sharding",
     "specs",
     "toml_file",
+    "traces",
 )
 
 

@@ -128,7 +128,7 @@ class Router:
             num_queued = sum(self._num_queued_tokens(candidate) for candidate in known)
             excess = min(num_queued, num_queued + num_tokens - policy.max_queued_tokens)
             if excess > 0:
-                seconds = excess / sum(candidate.tokens_per_second for candidate in known)
+                seconds = excess / sum([candidate.tokens_per_second for candidate in known], 0.0)
                 refusals.append((seconds, f"{num_queued} prompt tokens wait, the limit is {policy.max_queued_tokens}"))
         excess = num_requests + 1 - policy.max_requests
         if excess > 0:  # Little's law: num_requests / mean_seconds of them end in a second

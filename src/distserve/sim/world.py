@@ -113,7 +113,7 @@ class World(Surroundings):
         self._only_first = next(iter(self._first.values())) if len(self._first) == 1 else None
         self._only_decode = next(iter(self._decode.values())) if len(self._decode) == 1 else None
         # The least of all waits is at most what waits for all, over the speed of all.
-        policy, speed = self._router.policy, sum([member.tokens_per_second for member in self._first.values()])
+        policy, speed = self._router.policy, sum([member.tokens_per_second for member in self._first.values()], 0.0)
         self._surely_admitted = min(policy.max_queued_tokens, policy.max_wait * speed)
 
     @property
