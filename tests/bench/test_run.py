@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pty
+import shlex
 import signal
 import socket
 import subprocess
@@ -261,7 +262,7 @@ def test_ctrl_c_in_a_sweep_keeps_what_it_has(server: StandIn, tmp_path: Path) ->
     report = json.loads(out.read_text())
     assert report["interrupted"]
     assert report["runs"][0]["requests"] == 20
-    assert "goodput at 90%: 1" in shown
+    assert "goodput at 90%: 1e+03 requests/s" in shown
 
 
 def test_ctrl_c_before_anything_is_quiet(server: StandIn, workload: Path) -> None:
@@ -293,6 +294,19 @@ def test_a_server_that_dies_is_status_1_and_reported(server: StandIn, tmp_path: 
     report = json.loads(out)
     assert report["requests"] == 4
     assert report["failed"].get("unreachable", 0) >= 2
+
+
+def test_no_more_connections_is_the_clients_own_limit(server: StandIn, tmp_path: Path) -> None:
+    path = tmp_path / "w.csv"
+    path.write_text("arrival,prompt_tokens,output_tokens\n" + "0,5,2\n" * 80)
+    server.behaviour.first = 1.0
+    script = f"ulimit -n 60; exec {shlex.join(command('--url', server.url, '-w', path, '--json', '-'))}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert 10 < report["failed"]["client_limit"] < 80
+    assert report["completed"] == 80 - report["failed"]["client_limit"]
+    assert "Too many open files: let it open more files (ulimit -n)" in done.stderr
 
 
 def test_no_server_at_all_is_status_1_in_one_line(bench: Bench, workload: Path) -> None:
@@ -337,11 +351,11 @@ def test_the_key_is_sent(bench: Bench, server: StandIn, workload: Path, monkeypa
     assert bench("--url", server.url, "-w", workload, "-n", 1)[0] == 0
 
 
-def test_on_a_terminal_it_shows_its_progress(server: StandIn, workload: Path) -> None:
-    server.behaviour.first = 0.1
+def on_a_terminal(*arguments: object) -> tuple[int, bytes, bytes]:
+    """Status, stdout, and what stood on the terminal."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        command("--url", server.url, "-w", workload, "--slo", "ttft=9"),
+        command(*arguments),
         stdout=subprocess.PIPE,
         stderr=theirs,
         env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
@@ -355,10 +369,26 @@ def test_on_a_terminal_it_shows_its_progress(server: StandIn, workload: Path) ->
             break
     os.close(ours)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    for words in (b"30/30", b"in flight", b"targets met", b"TTFT p50"):
+    return process.returncode, out, shown
+
+
+def test_on_a_terminal_it_shows_its_progress(server: StandIn, workload: Path) -> None:
+    server.behaviour.first = 0.1
+    status, out, shown = on_a_terminal("--url", server.url, "-w", workload, "--slo", "ttft=9")
+    assert status == 0
+    for words in (b"30/30", b"in flight", b"no token yet", b"targets met", b"TTFT p50"):
         assert words in shown
     assert b"attainment  100.0%" in out
+
+
+def test_on_a_terminal_a_sweep_shows_what_earlier_rates_said(server: StandIn) -> None:
+    status, out, shown = on_a_terminal(
+        "--url", server.url, "-w", "humaneval", "--rates", "21,22", "-n", 10, "--scale", "1,0.02"
+    )
+    assert status == 0
+    assert b"2 of 2: humaneval at 22 requests/s" in shown
+    assert b"21/s" in shown.partition(b"2 of 2")[2]
+    assert b"22/s" in out
 
 
 def test_bench_needs_neither_the_server_nor_torch() -> None:

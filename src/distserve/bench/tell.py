@@ -42,6 +42,8 @@ class Told:
             return self.search.found
         search = Search(1.0, self.goal)
         for outcome in self.outcomes:
+            if outcome.run.interrupted:
+                continue  # how it would have ended nobody knows
             met = tuple(map(self.options.targets.met, outcome.counted))
             grows = 2.0 if outcome.growing else 1.0  # nobody measures it again at twice the length
             search.tell(Trial(outcome.report.rate or 0.0, met, outcome.growing, grows, outcome.kept_up))
