@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -92,6 +93,7 @@ def text() -> str:
         capacities(comparison),
         WHY,
         why(comparison.cells),
+        own_steps(comparison.cells),
         CELLS,
         *cells(comparison.cells),
     ]
@@ -148,6 +150,27 @@ def why(found: Sequence[Cell]) -> str:
             ]
         )
     return table(["", "steps", "others", "error", "with its own steps"], reversed(rows))
+
+
+def own_steps(found: Sequence[Cell]) -> str:
+    """What can be said of every run, whatever else the machine did: the twin without its costs."""
+    known = [(cell, cell.with_its_steps) for cell in found if cell.with_its_steps is not None]
+    if not known:
+        return ""
+    attainment = fmean(abs(cell.rest) for cell, _ in known if cell.rest is not None)
+    spoiled = len({id(cell.runs) for cell, _ in known if cell.spoiled})
+    parts = []
+    for name, part in (("ttft", "p50"), ("ttft", "p90"), ("tpot", "p50"), ("tpot", "p90")):
+        errors = []
+        for cell, report in known:
+            measured, predicted = cell.latency(name, part)[0], getattr(getattr(report, name), part)
+            if measured and predicted is not None:
+                errors.append(predicted / measured - 1)
+        parts.append(f"{name.upper()} {part} {100 * fmean(map(abs, errors)):.0f} % ({100 * fmean(errors):+.0f} %)")
+    return (
+        f"Over all runs, {spoiled} of which do not count above, and predicted with each run's own mean steps: "
+        f"attainment is off by {100 * attainment:.1f} points in the mean, {', '.join(parts)} (with sign)."
+    )
 
 
 def cells(found: Sequence[Cell]) -> list[str]:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.record.exists():
         recording = recordings.read(given.record)
     else:
-        recording = Recording(given.record, MODEL, machine.fingerprint("cpu"))
+        recording = Recording(given.record, MODEL, machine.fingerprint("cpu"), recordings.versions())
         recording.begin()
     if given.seconds > 0:
         if recording.machine != machine.fingerprint("cpu"):

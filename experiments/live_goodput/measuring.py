@@ -88,8 +88,12 @@ async def measure(asked: Asked, costs: Costs, recording: Recording) -> None:
     deadline = time.monotonic() + asked.seconds
     lengths = {case.workload: case.lengths.workload for case in asked.cases}
 
+    fresh: set[Key] = set()
+
     def left() -> list[Key]:
-        return [key for key in cells if key not in recording.runs]
+        """Not measured, or when the machine had other work."""
+        runs = recording.runs
+        return [key for key in cells if key not in fresh and (key not in runs or runs[key].disturbed)]
 
     for (name, workload), row in groupby(left(), key=lambda key: (key.plan, key.workload)):
         contender, mine = who[name, workload], list(row)
@@ -108,5 +112,8 @@ async def measure(asked: Asked, costs: Costs, recording: Recording) -> None:
                     )
                     if measured is not None:
                         recording.add(measured)
+                        fresh.add(key)
+                        if measured.spoiled:
+                            print(f"{key}: {measured.spoiled}: it does not count", file=sys.stderr)
         except DistserveError as error:
             print(f"{name}: {error}", file=sys.stderr)

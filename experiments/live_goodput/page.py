@@ -23,8 +23,11 @@ of vLLM's CPU build behind a round robin. The same client sends everyone the sam
 the two cores with them. Goodput is the rate up to which {goal:.0%} of all requests meet both targets, read off the
 measured rates; it is that of both cores together.
 
-Machine: {machine}. Software: {versions}. Each cell is one run of {duration} s or so of arrivals, of which the first
-tenth does not count; {runs} runs were measured.
+Each cell is one run of {duration} s or so of arrivals, of which the first tenth does not count. {runs} runs were
+measured; {spoiled} of them do not count, because other programs used the machine meanwhile or the client was too slow.
+
+- {machine}
+- {versions}
 """
 MISSING = """
 ## What was not measured
@@ -48,6 +51,7 @@ def text(recording: Recording, costs: Costs, record: str) -> str:
             versions=recording.versions,
             duration=duration,
             runs=len(recording.runs),
+            spoiled=sum(bool(run.spoiled) for run in recording.runs.values()),
         )
     ]
     if any(found for _, found in measured):

@@ -46,10 +46,14 @@ def joint(run: Measured, slo: SLO) -> float:
 
 
 def rows(case: Case, recording: Recording) -> list[Row]:
-    """Those that were measured."""
+    """Those that were measured, when nothing spoiled it."""
     found = []
     for name in ALL:
-        runs = [run for key, run in recording.runs.items() if (key.plan, key.workload) == (name, case.workload)]
+        runs = [
+            run
+            for key, run in recording.runs.items()
+            if (key.plan, key.workload) == (name, case.workload) and not run.spoiled
+        ]
         if runs:
             found.append(Row(case, name, tuple(sorted(runs, key=lambda run: run.key.rate))))
     return found

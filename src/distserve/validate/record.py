@@ -16,6 +16,7 @@ import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,6 +171,11 @@ class Recording:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {self.path}: {error.strerror}") from None
+
+
+def versions() -> str:
+    """Of the software that computes here."""
+    return f"distserve {version('distserve')}, torch {version('torch')}"
 
 
 def read(path: Path) -> Recording:

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import groupby
 
 import uvloop
@@ -78,7 +77,7 @@ def _begin(options: ValidateOptions) -> Validation:
     )
     here = machine.fingerprint(device)
     check_writable("--record", options.record)
-    recording = Recording(options.record, model, here, f"distserve {version('distserve')}, torch {version('torch')}")
+    recording = Recording(options.record, model, here, recordings.versions())
     if options.record is not None and options.record.exists():
         recording = recordings.read(options.record)
         if recording.model != model or recording.machine != here:
