@@ -57,7 +57,8 @@ class ThreadLinks:
 
     def sum_(self, x: Tensor) -> Tensor:
         if self.member.size > 1:
-            x.copy_(torch.stack(self._meeting.bring(self.member.index, x)).sum(0))
+            first, *others = self._meeting.bring(self.member.index, x)
+            x.copy_(sum(others, first))
         return x
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:

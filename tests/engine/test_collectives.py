@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.gloo_rank import PROMPT
-from tests.engine.ranks import PATIENCE, Ranks, all_places
+from tests.engine.ranks import PATIENCE, Meeting, Ranks, ThreadLinks, all_places
 from tests.engine.support import CPU, make_checkpoint
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from distserve.engine.host_links import HostLinks
 from distserve.engine.parallel import Place
 from distserve.sharding import Sharding
 
+WIDE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 6}
 NATIVE = host_links.library()
 needs_library = pytest.mark.skipif(NATIVE is None, reason="no Linux or no compiler: torch.distributed links the ranks")
 
@@ -105,6 +108,38 @@ def test_a_sender_does_not_wait_for_whoever_computes(tmp_path: Path) -> None:
         first.send(x)
     for x in sent:
         assert torch.equal(second.receive((32, 576)), x)
+
+
+@needs_library
+def test_the_kernels_own_call_of_all_blocks_sums_as_the_modules_do(tmp_path: Path) -> None:
+    """In bf16 with AMX tiles a stage is one call of C, which calls the links' C."""
+    make_checkpoint(tmp_path, **WIDE)
+    places = all_places(tmp_path, 3, 2)
+    assert NATIVE is not None
+    links = [HostLinks(NATIVE, place, tmp_path / "links") for place in places]
+    with Ranks(tmp_path, zip(places, links, strict=True), torch.bfloat16) as ranks:
+        got = ranks.logits(PROMPT)
+    with Ranks.all(tmp_path, 3, 2, torch.bfloat16) as ranks:
+        assert torch.equal(got, ranks.logits(PROMPT))
+
+
+def test_a_sum_that_fails_in_the_midst_of_the_kernels_is_heard_of(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, **WIDE)
+    places = all_places(tmp_path, 2, 1)
+
+    class Broken(ThreadLinks):
+        def sum_(self, x: Tensor) -> Tensor:
+            if x.shape == (len(PROMPT), 96):  # of embeddings
+                return x
+            raise ConnectionError("the other rank is gone")
+
+    meeting, queue = Meeting(2), SimpleQueue[Tensor]()
+    rank = (places[0], Broken(places[0], meeting, queue, queue))
+    with Ranks(tmp_path, [rank], torch.bfloat16) as ranks:
+        if getattr(ranks.models[0], "stack", None) is None:
+            pytest.skip("this processor has no AMX tiles: modules are called one by one")
+        with pytest.raises(ConnectionError, match="the other rank is gone"):
+            ranks.logits(PROMPT)
 
 
 def test_one_rank_is_linked_to_nobody(tmp_path: Path) -> None:
