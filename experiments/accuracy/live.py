@@ -39,6 +39,12 @@ share with them. Machine:
 - {{machine}}
 - {{versions}}
 """
+NOT_QUIET = """
+**Nothing can be said yet of how close these predictions are: while every one of the recorded runs went on, other
+programs used the same two cores.** What the runs are good for is said below: the steps were several times as long as
+the costs say, and whether the twin is right about everything but their length can be seen all the same. On a quiet
+machine `distserve validate --costs COSTS --record FILE` measures them again.
+"""
 NOISE = """
 Noise is how far repeated runs of the same requests lie apart, in the mean over their pairs; no prediction can be closer
 to one run than runs are to each other. A dash: nothing was measured twice.
@@ -86,8 +92,8 @@ def text() -> str:
     keys = {run.key[:3] for run in recording.runs.values()}
     parts = [
         OPENING.format(span=spans[len(spans) // 2], machine=recording.machine, versions=recording.versions),
-        verdicts(comparison),
-        NOISE,
+        verdicts(comparison) if comparison.verdicts[0].cells else NOT_QUIET,
+        NOISE if comparison.verdicts[0].cells else "",
         GRID.format(cells=len(keys), runs=len(recording.runs)),
         "![Predicted beside measured](images/accuracy-live.svg)",
         capacities(comparison),
@@ -97,7 +103,7 @@ def text() -> str:
         CELLS,
         *cells(comparison.cells),
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def verdicts(comparison: Comparison) -> str:
