@@ -106,27 +106,33 @@ class InstanceLoop:
 
     async def run(self) -> None:
         """Until `Stop`. An exception out of here means that the instance is broken and must be restarted."""
+        try:
+            while not self._stopping:
+                await self._turn()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _turn(self) -> None:
+        """Launches what can be launched; then waits until the oldest flight lands or there is news."""
         flights = self._flights
-        while not self._stopping:
-            if self._broken is not None:
-                raise self._broken
-            self._wake.clear()
-            now = self._clock()
-            self._forget(self._scheduler.expire(now))
-            while len(flights) < self._max_in_flight and self._launch(now):
-                pass
-            if len(flights) < self._max_in_flight:
-                self._flush()
-                if self._draining and not self._live:
-                    self._wiring.send(Drained(self._epoch))
-                if not (flights and flights[0].result.done()):
-                    await self._wake.wait()
-                if not (flights and flights[0].result.done()):
-                    continue
-            self._land(await flights[0].result)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._broken is not None:
+            raise self._broken
+        self._wake.clear()
+        now = self._clock()
+        self._forget(self._scheduler.expire(now))
+        while len(flights) < self._max_in_flight and self._launch(now):
+            pass
+        if len(flights) < self._max_in_flight:
+            self._flush()
+            if self._draining and not self._live:
+                self._wiring.send(Drained(self._epoch))
+            if not (flights and flights[0].result.done()):
+                await self._wake.wait()
+            if not (flights and flights[0].result.done()):
+                return
+        self._land(await flights[0].result)
 
     def _launch(self, now: float) -> bool:
         """Starts what can start; False: no batch can."""
