@@ -46,7 +46,7 @@ def test_a_machine_is_profiled_with_its_server(tmp_path: Path, capsys: pytest.Ca
 
 def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
-    work = command(FAKE, "-o", str(out), "--time", "15", "--longest", "128", "--kv-memory", "4MiB")
+    work = command(FAKE, "-o", str(out), "--time", "10", "--longest", "128", "--kv-memory", "4MiB")
     with subprocess.Popen(work, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

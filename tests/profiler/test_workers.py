@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,10 @@ async def test_a_real_model_is_timed(tmp_path: Path) -> None:
         await target.ask(Pull(published.handle), Took)
 
 
-async def test_a_model_that_cannot_be_loaded_is_the_persons_to_mend(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    options = EngineOptions(model=str(tmp_path))
-    with pytest.raises(UsageError, match="model type"):
-        async with Workers([options, options]):
+async def test_what_cannot_be_started_is_the_persons_to_mend() -> None:
+    too_small = replace(FAKE, kv_bytes=1)
+    with pytest.raises(UsageError, match="hold no block"):
+        async with Workers([too_small, too_small]):
             pass
 
 
