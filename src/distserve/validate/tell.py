@@ -28,7 +28,8 @@ def tell(validation: Validation) -> int:
         return 130 if validation.interrupted else 1
     console = show.console(stderr=options.json_out == "-")
     show.cells(found.cells, console)
-    show.capacities(found.capacities, options.goal, console)
+    if found.capacities:
+        show.capacities(found.capacities, options.goal, console)
     show.verdicts(found.verdicts, console)
     console.print(f"the client took {show.busy(found.cells)}", highlight=False)
     for note in found.notes:
