@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import uvloop
@@ -47,12 +47,11 @@ def run(options: BenchOptions) -> int:
     gc.collect()
     gc.freeze()  # a collection that walks the whole workload would stop the clock-reader for milliseconds
     try:
-        uvloop.run(bench.go())
+        with suppress(asyncio.CancelledError):  # Ctrl-C between two runs: what there is is told
+            uvloop.run(bench.go())
     except servers.NoServerError as error:
         print(f"distserve: error: {error}", file=sys.stderr)
         return 1
-    except asyncio.CancelledError:
-        show.say("stopped before the load began")
     return tell(bench.told)
 
 
