@@ -21,7 +21,7 @@ Mixture = tuple[int, int, int, int]  # tokens computed already, to compute; and 
 Point = TypeVar("Point", Lengths, Cell)
 
 SHORTEST = 16  # tokens of the shortest prompt and context that are timed
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (32, 256, 1024, 4096)
 TOGETHER = (2, 4, 8, 16)  # equal prompts in a step
 _CLOSE = 1.3  # no point between two that are so near: times

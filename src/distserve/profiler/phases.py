@@ -27,8 +27,8 @@ from distserve.profiler.series import Series
 from distserve.profiler.survey import Survey
 from distserve.profiler.workers import Remote
 
-STEPS = 4  # of a visit to a decode cell; of prompts, at most
-VISIT = 0.12  # seconds of a visit to prompts, at least
+STEPS, FEWEST_STEPS = 4, 2  # of a visit
+VISIT = 0.12  # seconds of a visit, if steps are short: rather many visits than long ones
 DOUBTS = 3  # more visits to a point that the others contradict
 GOOD_MEAN, GOOD_WORST = 0.02, 0.06  # left-out errors of a fit that needs no more points
 SHARES = {
@@ -122,11 +122,13 @@ async def prefill(worker: Remote, within: Range, found: Findings, budget: Budget
 
 async def decode(worker: Remote, within: Range, found: Findings, budget: Budget) -> None:
     async def visit(cell: Cell) -> Sequence[float]:
-        took = await worker.ask(Decodes(*cell, STEPS), Took)
-        found.contexts[cell] = took.context
+        known = survey.series.get(cell)
+        steps = STEPS if known is None else max(FEWEST_STEPS, min(STEPS, round(VISIT / known.seconds)))
+        took = await worker.ask(Decodes(*cell, steps), Took)
+        found.contexts.setdefault(cell, took.context)
         return took.seconds
 
-    survey = Survey(visit, over=budget.over, tick=budget.tick, seed=2)
+    survey: Survey[Cell] = Survey(visit, over=budget.over, tick=budget.tick, seed=2)
     found.decodes = survey.series
     await survey.settle(grid.decodes(within))
     await _closer(survey, lambda: fit.decode_unseen(found.decode_points), grid.closer_decodes, budget)
