@@ -62,8 +62,14 @@ class NixlMedium(Medium):
         return memories, RankBlocks([memory.buffer for memory in memories], num_blocks, layout).ranks
 
     def close(self) -> None:
-        for closing in (*self._transports, *self._agents, *self._sources, *self._memories):
-            closing.close()
+        for transport in self._transports:
+            transport.close()
+        for agent in self._agents:
+            agent.close()
+        for source in self._sources:
+            source.close()
+        for memory in self._memories:
+            memory.close()
 
 
 class TestNixl(TransportContract):
@@ -142,14 +148,14 @@ async def test_what_arrives_after_its_pull_was_given_up_goes_nowhere(stopped: tu
     other = landings.take("another", landing.size)
     assert other is not landing, "given out though its reads are under way"
     landings.leave(other)
-    assert landings._leaving, "forgotten though reads of its memory are under way"
+    (name,) = landings._leaving
+    assert landings.is_leaving(name), "forgotten though reads of its memory are under way"
 
     os.kill(pid, signal.SIGCONT)
     await until(lambda: bool((landing.memory == 0xAB).all()))  # here it comes
     assert not target.ranks[0].any()
-    landings._settle()
+    assert not landings.is_leaving(name)
     assert not landing.reads
-    assert not landings._leaving
 
 
 async def test_a_source_that_does_not_answer_fails_the_pull(

@@ -82,7 +82,8 @@ class Agent:
         self._errors = tuple(value for name, value in vars(nixl).items() if name.endswith("Error"))
         self._lock = threading.Lock()
         self._registered: dict[int, NDArray[np.uint8]] = {}  # by address; alive as long as NIXL may touch it
-        self._agent = nixl.nixlAgent(f"distserve-{os.getpid()}-{secrets.token_hex(4)}", config)
+        self.name = f"distserve-{os.getpid()}-{secrets.token_hex(4)}"  # unlike any other's, on whatever host
+        self._agent = nixl.nixlAgent(self.name, config)
         self._backends = [self._agent.createBackend("UCX", {})]
 
     def register(self, memory: NDArray[np.uint8]) -> int:
@@ -101,10 +102,10 @@ class Agent:
         """What another agent needs to `meet` this one and to read the memory that is registered by now."""
         return bytes(self._call(self._agent.getLocalMD))
 
-    def meet(self, metadata: bytes) -> str:
-        """The name of the agent that `metadata` is of. Tells it nothing yet: that the first read does. Raises
+    def meet(self, metadata: bytes) -> None:
+        """The agent that `metadata` is of can be read from. Tells it nothing yet: that the first read does. Raises
         `PullError`."""
-        return bytes(self._call(self._agent.loadRemoteMD, metadata)).decode()
+        self._call(self._agent.loadRemoteMD, metadata)
 
     def forget(self, name: str) -> None:
         """Ends the contact. No read of that agent's memory may be under way. A name that is unknown is forgotten."""

@@ -44,7 +44,7 @@ class Landing:
 
 
 class Landings:
-    """Gives landings out, and forgets sources, when nothing can arrive any more that concerns them."""
+    """Gives landings out, and forgets sources (by their agents' names), when nothing that concerns them can arrive."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -79,6 +79,12 @@ class Landings:
         with self._lock:
             self._leaving.append(source)
             self._settle()
+
+    def is_leaving(self, source: str) -> bool:
+        """It is to be forgotten and cannot be yet: to meet it again now would be to meet what was cut off."""
+        with self._lock:
+            self._settle()
+            return source in self._leaving
 
     def _settle(self) -> None:
         for landing in self._left:

@@ -64,7 +64,8 @@ class NixlSource:
         self._blocks = RankBlocks([memory.buffer for memory in memories], num_blocks, layout)
         addresses = [agent.register(np.frombuffer(m.buffer, np.uint8)) for m in (self._counts, *memories)]
         where = {
-            "agent": b64encode(agent.metadata()).decode(),
+            "agent": agent.name,
+            "metadata": b64encode(agent.metadata()).decode(),
             "blocks": num_blocks,
             "generations": addresses[0],
             "memories": addresses[1:],
@@ -84,21 +85,23 @@ class NixlSource:
 
 @dataclass(frozen=True, slots=True)
 class _Remote:
-    """A source that was met."""
+    """A source, as its location tells."""
 
     key: Key
     agent: str  # its name with NIXL
+    metadata: bytes  # for NIXL to meet it
     layout: InstanceLayout
     num_blocks: int
     generations: int  # address of the array
     memories: tuple[int, ...]  # address of each rank's
 
     @classmethod
-    def of(cls, source: KVSource, agent: Agent) -> _Remote:
+    def of(cls, source: KVSource) -> _Remote:
         where = json.loads(source.location.removeprefix(f"{NAME}:"))
         return cls(
             key=(source.instance, source.epoch),
-            agent=agent.meet(b64decode(where["agent"])),
+            agent=where["agent"],
+            metadata=b64decode(where["metadata"]),
             layout=source.layout,
             num_blocks=where["blocks"],
             generations=where["generations"],
@@ -187,7 +190,10 @@ class NixlTransport:
 
     def _meet(self, source: KVSource) -> _Remote:
         """Reads a number: the first read is what makes the connection."""
-        remote = _Remote.of(source, self._agent)
+        remote = _Remote.of(source)
+        if self._landings.is_leaving(remote.agent):
+            raise PullError("reads of an earlier contact are under way", "gone")
+        self._agent.meet(remote.metadata)
         try:
             self._generations(remote, [0], time.monotonic() + PATIENCE)
         except PullError:
