@@ -47,6 +47,7 @@ MODULES: Final = (
     "sim.instance",
     "sim.life",
     "sim.pulls",
+    "sim.swap",
     "sim.world",
 )
 # What they import and what stays interpreted: its types are compiled in.

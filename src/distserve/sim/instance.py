@@ -15,13 +15,14 @@ from typing import Final
 from distserve.costs.base import Engine
 from distserve.costs.latency import Latency
 from distserve.plan import Role
-from distserve.sched.base import Batch, Clock, Item, Load, Outcome, Sequence
+from distserve.sched.base import Batch, Clock, Item, Load, Outcome
 from distserve.sched.continuous import ContinuousScheduler
 from distserve.sched.decode import DecodeScheduler
 from distserve.sched.prefill import PrefillScheduler
 from distserve.sim.events import Event, Events
 from distserve.sim.flight import Crew, Ends, Flight, known
 from distserve.sim.life import NEVER, Imagined
+from distserve.sim.swap import kept, swapped
 
 Trace = Callable[[str, float, list[tuple[int, int]]], None]  # (instance, start, [(sequence, tokens)])
 
@@ -300,9 +301,9 @@ class Instance(Crew):
                 tokens += n
         swap = 0.0
         if tokens and self._swap_bandwidth:
-            swap = self._swapped(others) * self._token_bytes / self._swap_bandwidth
+            swap = swapped(others) * self._token_bytes / self._swap_bandwidth
             if swap:
-                others = self._kept(others)
+                others = kept(others)
         host, stage = self._latency.batch(others, num, context)
         self.usage.saw(tokens, num, context)
         if self._neighbours:
@@ -324,25 +325,6 @@ class Instance(Crew):
         ends = Ends(lockstep)
         self._ends.append(ends)
         return ends
-
-    def _swapped(self, others: list[Item]) -> int:
-        """Tokens whose KV an engine that keeps that of preempted sequences in host memory brings back."""
-        tokens = 0
-        for sequence, n in others:
-            if n > 1 and known(sequence).life.first != NEVER:
-                tokens += n
-        return tokens
-
-    def _kept(self, others: list[Item]) -> list[Item]:
-        """The items as such an engine sees them."""
-        items: list[Item] = []
-        for sequence, n in others:
-            if n > 1 and known(sequence).life.first != NEVER:
-                computed = sequence.num_computed + n - 1
-                items.append((Sequence(sequence.id, sequence.num_tokens, num_computed=computed), 1))
-            else:
-                items.append((sequence, n))
-        return items
 
     def ended(self, flight: Flight, now: float) -> None:
         self._flights.pop(0)
