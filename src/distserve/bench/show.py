@@ -108,10 +108,13 @@ def sweep(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def goodput(found: Found, goal: float, devices: int | None, lowest: float, out: Console) -> None:
-    """The answer of a sweep or a search. `lowest`: the lowest rate that was measured."""
+def goodput(found: Found, goal: float, devices: int | None, lowest: float | None, out: Console) -> None:
+    """The answer of a sweep or a search. `lowest`: of the rates whose run came to its end; None: none did."""
     each = f", {found.rate / devices:.3g} per device" if devices else ""
-    answer = f"{found.rate:.3g} requests/s{each}" if found.rate else f"none: not even {lowest:.3g} requests/s attain it"
+    none = (
+        "not known: no run came to its end" if lowest is None else f"none: not even {lowest:.3g} requests/s attain it"
+    )
+    answer = f"{found.rate:.3g} requests/s{each}" if found.rate else none
     out.print(f"[bold]goodput[/bold] at {goal:.0%}: {answer}", highlight=False)
     low = f"at least {found.low:.3g}" if found.low else "no rate attains it for sure (offer more, -n)"
     high = f"at most {found.high:.3g} requests/s" if found.high is not None else "none was surely too high"

@@ -72,8 +72,8 @@ def tell(told: Told) -> int:
         name = replace(told.workload, rate=None).name
         console.print(f"[bold]{name} on {options.url}[/bold]", highlight=False)
         console.print(show.sweep(told.outcomes), highlight=False)
-        lowest = min(outcome.report.rate or 0.0 for outcome in told.outcomes)
-        show.goodput(told.found, told.goal, options.devices, lowest, console)
+        whole = [outcome.report.rate or 0.0 for outcome in told.outcomes if not outcome.run.interrupted]
+        show.goodput(told.found, told.goal, options.devices, min(whole, default=None), console)
     _write(told)
     return _status(told)
 
