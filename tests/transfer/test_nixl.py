@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -87,6 +87,13 @@ class TestOverTcp(TransportContract):
     def tcp_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("UCX_TLS", "tcp,self")
         monkeypatch.setattr(nixl, "PIECE", 1)
+
+
+@pytest.fixture
+def medium() -> Iterator[NixlMedium]:
+    medium = NixlMedium()
+    yield medium
+    medium.close()
 
 
 # -- sources that do not answer ---------------------------------------------------------------------------------------
@@ -185,6 +192,19 @@ async def test_the_event_loop_goes_on_while_a_pull_waits(stopped: tuple[KVHandle
     os.kill(pid, signal.SIGCONT)
     await pull
     assert (target.ranks[0][3:] == 0xAB).all()
+
+
+async def test_a_source_that_was_cut_off_is_met_again(medium: NixlMedium) -> None:
+    source, target = medium.source(of((4, 2), 2, 1), NUM_BLOCKS), medium.target(of((4, 2), 1, 2), NUM_BLOCKS)
+    source.ranks[1][:] = 0xCD
+    handle = source.handle([0, 1])
+    for _ in range(3):
+        await target.transport.pull(handle, [2, 3])
+        target.transport._agent.forget(source.source._agent.name)  # type: ignore[attr-defined]
+        with pytest.raises(PullError, match="prefill-0 cannot be reached") as caught:
+            await target.transport.pull(handle, [2, 3])
+        assert caught.value.reason == "gone"
+    assert (target.ranks[0][2:4] == 0xCD).any()
 
 
 # -- the agent --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import json
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
@@ -131,6 +131,7 @@ class NixlTransport:
         self._landings = Landings(agent)
         self._remotes: dict[Key, _Remote] = {}
         self._meeting: dict[Key, asyncio.Lock] = {}
+        self._forgetting: dict[Key, Future[None]] = {}
         self._over: set[Key] = set()
         self._closing = False
         self._threads = ThreadPoolExecutor(PULLS, "pull")
@@ -142,6 +143,8 @@ class NixlTransport:
                 return
             self._check(key)
             refuse(source, NAME, self._own.layout)
+            if (forgetting := self._forgetting.pop(key, None)) is not None:
+                await asyncio.wrap_future(forgetting)
             try:
                 remote = await asyncio.get_running_loop().run_in_executor(self._threads, self._meet, source)
             except PullError as error:
@@ -175,7 +178,7 @@ class NixlTransport:
     def _forget(self, remote: _Remote) -> None:
         if self._remotes.get(remote.key) is remote:
             del self._remotes[remote.key]
-            self._threads.submit(self._landings.forget, remote.agent)
+            self._forgetting[remote.key] = self._threads.submit(self._landings.forget, remote.agent)
 
     def close(self) -> None:
         self._closing = True
