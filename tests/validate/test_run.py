@@ -91,6 +91,7 @@ def test_a_live_server_is_measured_and_compared(validate: Command, server: Stand
 def test_what_is_recorded_is_not_measured_again(validate: Command, server: StandIn) -> None:
     runs = validate.folder / "runs.jsonl"
     assert validate.live(server, "--rates", "20", "-n", 20, "--record", runs)[0] == 0
+    assert [chosen.rates for chosen in read(runs).chosen.values()] == [()]  # rates that were given are no choice
     sent = len(server.bodies)
     status, _, said = validate.live(server, "--rates", "20", "-n", 20, "--record", runs)
     assert (status, len(server.bodies)) == (0, sent)
@@ -195,6 +196,7 @@ def test_recorded_runs_are_compared_without_a_server(validate: Command) -> None:
         (["--url", "http://127.0.0.1:1"], "one --plan FILE"),
         (["--from", "x", "--record", "y"], "leave --record and --url out"),
         (["--from", "nowhere.jsonl"], "cannot read"),
+        (["--record", "runs.jsonl.gz"], "pack it when it is complete"),
         (["--plan", "3c"], "none of 1p1d"),
         (["--plan", "1p1d", "-w", "nothing"], "no workload or file"),
         (["--slo", "ttft=x"], "write each target once"),

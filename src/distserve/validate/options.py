@@ -43,6 +43,8 @@ class ValidateOptions:
             raise UsageError("--costs is missing: measure this machine first (distserve profile -o costs.json)")
         if self.source is not None and (self.record is not None or self.url is not None):
             raise UsageError("--from compares what was measured before: leave --record and --url out")
+        if self.record is not None and self.record.suffix == ".gz":
+            raise UsageError(f"--record {self.record}: lines are added to it run by run; pack it when it is complete")
         if self.url is not None and len(self.plans) != 1:
             raise UsageError("--url is one server: say with one --plan FILE which instances it runs")
         for rate in self.rates:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import uvloop
@@ -26,7 +27,7 @@ from distserve.validate import grid, live, show, tell
 from distserve.validate import record as recordings
 from distserve.validate.grid import Lengths
 from distserve.validate.options import DEMO_MODEL, RATES, WORKLOADS, ValidateOptions
-from distserve.validate.record import Chosen, Key, Recording
+from distserve.validate.record import Key, Recording
 from distserve.validate.validation import Validation
 
 
@@ -123,24 +124,21 @@ def _choose(validation: Validation) -> None:
             slos = options.slos or recording.slos_of(text)
             for name in names:
                 chosen = recording.chosen.get((name, text))
-                if chosen is None:
+                if chosen is None or not (chosen.rates or options.rates):
                     plan = recording.served[name]
                     chosen = grid.choose(
                         plan, lengths.workload, validation.costs, rates=options.rates, slos=slos, goal=options.goal,
                         number=RATES,
                     )  # fmt: skip
-                    recording.add_chosen(name, text, chosen)
+                    # rates that were asked for are this command's, and no choice to keep
+                    recording.add_chosen(name, text, replace(chosen, rates=() if options.rates else chosen.rates))
                 slos = slos or chosen.slos  # one workload has the same targets whatever serves it
                 done()
 
     def rates(plan: str, workload: str) -> Sequence[float]:
-        return options.rates or _of(recording, plan, workload).rates
+        return options.rates or recording.chosen[plan, workload].rates
 
     validation.cells = grid.cells(names, list(validation.lengths), rates, options.seed, options.repeats)
-
-
-def _of(recording: Recording, plan: str, workload: str) -> Chosen:
-    return recording.chosen[plan, workload]
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
