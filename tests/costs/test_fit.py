@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distserve.costs import fit
-from distserve.costs.fit import DecodePoint, PromptPoint
+from distserve.costs.fit import DecodePoint, MixedPoint, PromptPoint
 from distserve.costs.latency import Coefficients, DecodeLine, PrefillLine
 from distserve.errors import UsageError
 
@@ -215,3 +216,16 @@ def test_three_points_fit_and_leave_none_out() -> None:
         fit.decode_lines(decodes[:2])
     with pytest.raises(UsageError, match="0 measured steps with prompts"):
         fit.fit([], decodes)
+
+
+def test_the_share_that_mixed_steps_add_is_found() -> None:
+    formula = Coefficients((PrefillLine(0.016, 2e-4, 1e-7),), (DecodeLine(1, 0.015, 2e-6, 4e-4),))
+    for added in (0.0, 0.4, 1.0):
+        true = replace(formula, mixed_added=added)
+        points = [
+            MixedPoint(c, n, b, 200 * b, true.mixed(n, n * (2 * c + n), b, 200 * b))
+            for c, n, b in ((0, 100, 4), (500, 200, 30), (0, 30, 60))
+        ]
+        assert fit.mixed_added(points, formula) == pytest.approx(added, abs=1e-9)
+        assert fit.mixed_error(points, true).max == pytest.approx(0, abs=1e-12)
+    assert fit.mixed_added([], formula) == 0.0

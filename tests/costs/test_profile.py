@@ -324,6 +324,10 @@ WHERE = f"costs x: models: {OPT}: 1"
         ),
         (at(*ENTRY, "error", "decode", "max"), ..., "error: decode: max missing"),
         (at(*ENTRY, "measured_to"), {"batch": 3}, "measured_to: prompt_tokens, context missing"),
+        (at(*ENTRY, "mixed_added"), 1.5, f"{WHERE}: mixed_added = 1.5: must be a share, 1 at most"),
+        (at(*ENTRY, "mixed_points"), [[0, 5, 2, 1, 0.1]], "mixed_points[1]: context = 1 of 2 sequences"),
+        (at(*ENTRY, "mixed_points"), [[0, 5, 2, 9]], "mixed_points[1] is [0, 5, 2, 9]: must be [computed, new, batch"),
+        (at("engine"), {"prefill_beside": {"decode": 0.9}}, "prefill_beside: decode = 0.9: must be a finite number, 1"),
     ],
 )
 def test_wrong_files_are_refused(put: Callable[[dict[str, Any], Any], None], value: Any, words: str) -> None:
