@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class State(Enum):
@@ -200,6 +200,9 @@ class StepResult(Protocol):
         ...
 
 
+NOBODY: Final[list[Sequence]] = []  # most answers name nobody; this list is never changed
+
+
 class Outcome:
     """What a scheduler's answer to an event means for the world, which only reads it. Blocks are freed when it comes.
 
@@ -216,10 +219,26 @@ class Outcome:
     __slots__ = ("dropped", "finished", "held", "sampled")
 
     def __init__(self) -> None:
-        self.sampled: list[Sequence] = []
-        self.held: list[Sequence] = []
-        self.finished: list[Sequence] = []
-        self.dropped: list[Sequence] = []
+        self.sampled = self.held = self.finished = self.dropped = NOBODY
+
+    def sample(self, sequence: Sequence) -> None:
+        self.sampled = _with(self.sampled, sequence)
+
+    def hold(self, sequence: Sequence) -> None:
+        self.held = _with(self.held, sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        self.finished = _with(self.finished, sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        self.dropped = _with(self.dropped, sequence)
+
+
+def _with(sequences: list[Sequence], sequence: Sequence) -> list[Sequence]:
+    if sequences is NOBODY:
+        return [sequence]
+    sequences.append(sequence)
+    return sequences
 
 
 @dataclass(init=False, slots=True)

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Collection
 
 from distserve.sched import order
-from distserve.sched.base import Batch, Item, Load, Outcome, Sequence, State, StepResult
+from distserve.sched.base import NOBODY, Batch, Item, Load, Outcome, Sequence, State, StepResult
 from distserve.sched.blocks import BlockPool
 from distserve.sched.lockstep import Lockstep
 
@@ -99,10 +99,10 @@ class ContinuousScheduler(ABC):
             outcome.sampled = [sequence for sequence in members if sequence.id not in gone]
             for sequence in lockstep.leaving:
                 sequence.scheduled = 0
-                outcome.dropped.append(self._forget(sequence))
+                outcome.drop(self._forget(sequence))
             lockstep.leaving.clear()
         else:
-            outcome.sampled = members.copy() if batch.others else members
+            outcome.sampled = members.copy() if batch.others else members  # nobody changes those of a batch
         if ended or longest:
             last: list[Sequence] = []
             for i in ended:
@@ -120,20 +120,20 @@ class ContinuousScheduler(ABC):
         for sequence, n in others:
             sequence.scheduled = 0
             if sequence.state is State.ABORTED:
-                outcome.dropped.append(self._forget(sequence))
+                outcome.drop(self._forget(sequence))
                 continue
             sequence.num_computed += n
             if sequence.num_computed < sequence.num_tokens:
                 continue
             sequence.num_tokens += 1
-            outcome.sampled.append(sequence)
+            outcome.sample(sequence)
             if sequence.id in ended or sequence.num_tokens > capacity:
                 self._finish(sequence, outcome)
 
     def _finish(self, sequence: Sequence, outcome: Outcome) -> None:
         self._stop_running(sequence)
         sequence.state = State.FINISHED
-        outcome.finished.append(self._forget(sequence))
+        outcome.finish(self._forget(sequence))
 
     def abort(self, sequence_id: int, now: float) -> Outcome:
         outcome = Outcome()
@@ -146,7 +146,7 @@ class ContinuousScheduler(ABC):
         elif state is not State.PULLING:
             self._leave_queue(sequence)
         if state is not State.PULLING and not sequence.scheduled:
-            outcome.dropped.append(self._forget(sequence))
+            outcome.drop(self._forget(sequence))
         return outcome
 
     def expire(self, now: float) -> Outcome:
@@ -211,7 +211,7 @@ class ContinuousScheduler(ABC):
 
     def _behind(self) -> list[Sequence]:
         if not self._loose:
-            return []
+            return NOBODY
         return [s for s in self._loose if not s.scheduled and s.num_tokens - s.num_computed > 1]
 
     def _loosen(self, sequence: Sequence) -> None:

@@ -9,7 +9,7 @@ any --abort--> ABORTED  (PULLING, or in a batch in flight: blocks are freed by `
 
 from __future__ import annotations
 
-from distserve.sched.base import Batch, Item, Outcome, Sequence, State
+from distserve.sched.base import NOBODY, Batch, Item, Outcome, Sequence, State
 from distserve.sched.blocks import BlockPool
 from distserve.sched.continuous import ContinuousScheduler
 from distserve.sched.policy import DecodePolicy
@@ -43,9 +43,9 @@ class DecodeScheduler(ContinuousScheduler):
         return self._launch(items)
 
     def next_pulls(self, now: float) -> list[Sequence]:
-        pulls: list[Sequence] = []
         if not self._queue:
-            return pulls
+            return NOBODY
+        pulls: list[Sequence] = []
         while True:
             sequence = self._head()
             if sequence is None or not self._has_room(sequence):
@@ -67,7 +67,7 @@ class DecodeScheduler(ContinuousScheduler):
         if sequence is None:
             return outcome
         if sequence.state is State.ABORTED:
-            outcome.dropped.append(self._forget(sequence))
+            outcome.drop(self._forget(sequence))
         else:
             sequence.num_computed = sequence.num_kv_tokens
             self._run(sequence)
@@ -78,7 +78,7 @@ class DecodeScheduler(ContinuousScheduler):
         sequence = self._end_pull(sequence_id)
         if sequence is not None:
             sequence.state = State.ABORTED
-            outcome.dropped.append(self._forget(sequence))
+            outcome.drop(self._forget(sequence))
         return outcome
 
     def _end_pull(self, sequence_id: int) -> Sequence | None:

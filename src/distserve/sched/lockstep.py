@@ -10,7 +10,7 @@ A sequence needs a block every `block_size` steps, always at the same residue of
 from __future__ import annotations
 
 from distserve.sched import order
-from distserve.sched.base import Clock, Sequence
+from distserve.sched.base import NOBODY, Clock, Sequence
 from distserve.sched.blocks import BlockPool
 
 
@@ -71,9 +71,10 @@ class Lockstep(Clock):
         if not due:
             return due
         block_size = self._pool.block_size
-        needy: list[Sequence] = []
+        needy = NOBODY
         for sequence in due:
             if sequence.num_tokens > len(sequence.blocks) * block_size:
+                needy = needy or []
                 order.insert(needy, sequence)
         return needy
 
@@ -89,10 +90,11 @@ class Lockstep(Clock):
                     pool.grow(sequence.blocks, 1)
         self.ticks += 1
         self.in_flight = False
-        self.joined.clear()
+        if self.joined:
+            self.joined = []
         capacity = pool.capacity
         if self._longest + self.ticks <= capacity:
-            return []
+            return NOBODY
         return [sequence for sequence in dues[self.ticks % size] if sequence.num_tokens > capacity]
 
     def steps_with_room(self) -> int:

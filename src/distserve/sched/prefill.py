@@ -97,19 +97,19 @@ class PrefillScheduler:
             self._num_pending_tokens -= n
             sequence.scheduled = 0
             if sequence.state is State.ABORTED:
-                outcome.dropped.append(self._forget(sequence))
+                outcome.drop(self._forget(sequence))
                 continue
             sequence.num_computed += n
             sequence.num_tokens += 1
-            outcome.sampled.append(sequence)
+            outcome.sample(sequence)
             if sequence.id in ended:
                 sequence.state = State.FINISHED
-                outcome.finished.append(self._forget(sequence))
+                outcome.finish(self._forget(sequence))
             else:
                 sequence.state = State.HELD
                 self._num_held += 1
                 self._lease(sequence, now)
-                outcome.held.append(sequence)
+                outcome.hold(sequence)
         return outcome
 
     def abort(self, sequence_id: int, now: float) -> Outcome:
@@ -126,7 +126,7 @@ class PrefillScheduler:
             sequence.state = State.ABORTED
             return outcome
         sequence.state = State.ABORTED
-        outcome.dropped.append(self._forget(sequence))
+        outcome.drop(self._forget(sequence))
         return outcome
 
     def release(self, sequence_id: int, now: float) -> Outcome:
@@ -159,7 +159,7 @@ class PrefillScheduler:
     def _release(self, sequence: Sequence, outcome: Outcome) -> None:
         self._num_held -= 1
         sequence.state = State.RELEASED
-        outcome.dropped.append(self._forget(sequence))
+        outcome.drop(self._forget(sequence))
 
     def _forget_leases(self) -> None:
         """Those at the head of which nothing is left."""
