@@ -38,7 +38,10 @@ PAIRS: dict[str, tuple[tuple[Degrees, Degrees], ...]] = {
     SMALL: (((1, 1), (1, 1)), ((3, 1), (1, 1)), ((1, 1), (3, 1)), ((1, 2), (1, 3))),
     LARGE: (((1, 1), (1, 1)), ((2, 1), (1, 1)), ((1, 2), (2, 1))),
 }
-WAYS: dict[str, dict[str, str]] = {"nixl": {}, "nixl, TCP": {"UCX_TLS": "tcp,self"}}  # environment of both ends
+WAYS: dict[str, dict[str, str]] = {  # environment of both ends
+    "nixl": {},
+    "nixl, TCP": {"UCX_TLS": "tcp,self", "UCX_USE_MT_MUTEX": "n"},  # as between hosts
+}
 IDLE = 5.0  # seconds to look at an idle agent
 
 
