@@ -45,6 +45,7 @@ bench: setup ## every benchmark; VLLM_PYTHON=path/to/python adds vLLM's column (
 	$(BIN)/python -m benchmarks.simulator
 	$(BIN)/python -m benchmarks.search
 	$(BIN)/python -m benchmarks.resharding
+	$(BIN)/python -m benchmarks.ranks
 	$(BIN)/python -m benchmarks.nixl
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.client
