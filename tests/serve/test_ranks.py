@@ -108,6 +108,14 @@ async def load(server: Server, stories: list[Story], count: int, leavers: float 
     assert not errors, errors[0]
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whether it can still do anything: a dead one that nobody has buried yet cannot."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 async def in_the_middle(server: Server, stories: list[Story], process: psutil.Process, number: int) -> None:
     """Sends a signal to a process while it is under load; everybody is answered, and the server is whole again."""
     await asyncio.to_thread(server.wait_for, "the server whole", lambda: whole(server))
@@ -143,7 +151,7 @@ async def test_a_rank_that_is_killed_takes_its_instance_down_at_once_and_nobodys
     await in_the_middle(server, stories, family[1 + rank], signal.SIGKILL)
     assert server.total("distserve:instance_restarts_total") == restarts + 1
     assert f"rank {rank} (process {family[1 + rank].pid}) was killed by signal 9" in server.log.read_text()
-    assert not any(process.is_running() for process in family)
+    server.wait_for("the family gone", lambda: not any(map(lives, family)), within=5)
     assert time.monotonic() - killed < 60
 
 
@@ -162,7 +170,7 @@ async def test_a_rank_that_stands_still_is_found_by_its_late_step(server: Server
     family = [psutil.Process(server.pid("prefill-1")), *ranks(server, "prefill-1")]
     await in_the_middle(server, stories, family[2], signal.SIGSTOP)
     assert "prefill-1 hung" in server.log.read_text()
-    assert not any(process.is_running() for process in family)
+    server.wait_for("the family gone", lambda: not any(map(lives, family)), within=5)
 
 
 async def test_ranks_end_with_their_driver(server: Server, stories: list[Story]) -> None:
@@ -170,7 +178,7 @@ async def test_ranks_end_with_their_driver(server: Server, stories: list[Story])
     driver = psutil.Process(server.pid("decode-0"))
     family = [driver, *ranks(server, "decode-0")]
     await in_the_middle(server, stories, driver, signal.SIGKILL)
-    assert not any(process.is_running() for process in family)
+    server.wait_for("the family gone", lambda: not any(map(lives, family)), within=5)
 
 
 async def test_nothing_outlives_the_gateway(server: Server, stories: list[Story]) -> None:
