@@ -31,12 +31,16 @@ def growing(records: Sequence[Record], judge: SLO | Targets) -> str:
                 f"{name.upper()} grows from {fmean(values[:third]):.3g} s in the first third of the run to "
                 f"{fmean(values[-third:]):.3g} s in the last"
             )
-    met = [judge.met(record) for record in records]
-    if falls(met):
-        half = len(met) // 2
-        first, second = (f"{sum(part) / len(part):.0%}" for part in (met[:half], met[half:]))
-        return f"attainment falls from {first} in the first half of the run to {second} in the second"
-    return ""
+    return falling([judge.met(record) for record in records])
+
+
+def falling(met: Sequence[bool]) -> str:
+    """That attainment `falls`, as a clause; "" where it does not."""
+    if not falls(met):
+        return ""
+    half = len(met) // 2
+    first, second = (f"{sum(part) / len(part):.0%}" for part in (met[:half], met[half:]))
+    return f"attainment falls from {first} in the first half of the run to {second} in the second"
 
 
 def short(records: Sequence[Record]) -> str:

@@ -111,7 +111,7 @@ async def load(server: Server, stories: list[Story], count: int, leavers: float 
 def lives(process: psutil.Process) -> bool:
     """Whether it can still do anything: a dead one that nobody has buried yet cannot."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

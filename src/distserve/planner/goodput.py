@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, variance
 
+from distserve import steady
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs
 from distserve.metrics import Attainment, proportion_interval
@@ -233,39 +233,15 @@ def _either(watch: _Watch, cancelled: Callable[[], bool]) -> Callable[[Life], bo
 
 def _worsens(met: list[bool], goal: float) -> bool:
     """Whether the second half attains clearly less than the first, and is not far above the goal."""
-    half = len(met) // 2
-    if half < 50:
-        return False
-    first, second = met[:half], met[half:]
-    if sum(second) > (1 + goal) / 2 * len(second):
-        return False
-    return proportion_interval(second)[1] < proportion_interval(first)[0]
+    second = met[len(met) // 2 :]
+    return sum(second) <= (1 + goal) / 2 * len(second) and steady.falls(met)
 
 
 def waits_grow(lives: Sequence[Life]) -> bool:
     """Whether TTFT or TPOT grow."""
     over = [life for life in lives if life.last < NEVER]
     paces = [pace for life in over if (pace := life.tpot) is not None]
-    return _grow([life.first - life.arrival for life in over]) or _grow(paces)
-
-
-def _grow(values: list[float]) -> bool:
-    """Whether the last third is larger than the middle one, which is larger than the first, and by more than chance.
-
-    Chance is judged by the means of batches of consecutive requests, since neighbours fare alike."""
-    third = len(values) // 3
-    if third < 30:
-        return False
-    first, middle, last = (values[i * third : (i + 1) * third] for i in range(3))
-    means = [fmean(part) for part in (first, middle, last)]
-    if not means[0] < means[1] < means[2] or means[2] < 1.25 * means[0]:
-        return False
-    size = max(1, math.isqrt(third))
-    spreads = []
-    for part in (first, last):
-        batches = [fmean(part[i : i + size]) for i in range(0, third - size + 1, size)]
-        spreads.append(variance(batches) / len(batches))
-    return means[2] - means[0] > 2 * math.sqrt(sum(spreads))
+    return steady.grows([life.first - life.arrival for life in over]) or steady.grows(paces)
 
 
 @dataclass(frozen=True, slots=True)

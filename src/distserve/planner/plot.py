@@ -5,24 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from distserve.errors import UsageError
+from distserve import plots
 from distserve.planner.curves import Curve
-
-FORMATS = (".png", ".svg")
-
-
-def check(path: Path) -> None:
-    """Refuses before the search what would only fail after it. Raises `UsageError`."""
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"--plot {path}: name a file that ends in {' or '.join(FORMATS)}")
-    _figure()
 
 
 def draw(found: Sequence[Curve], goal: float, title: str, path: Path) -> None:
     """Writes a PNG or SVG."""
-    figure = _figure()(figsize=(10, 4), layout="tight")
+    figure = plots.figure(10, 4)
     left, right = figure.subplots(1, 2, sharey=True)
     for line in found:
         name = f"{line.name} ({line.devices})"
@@ -37,17 +27,4 @@ def draw(found: Sequence[Curve], goal: float, title: str, path: Path) -> None:
     right.invert_xaxis()
     right.legend(fontsize="small")
     figure.suptitle(title)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed: pip install 'distserve[plots]', or leave --plot out"
-        ) from None
-    return Figure
+    plots.save(figure, path)

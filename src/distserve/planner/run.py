@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from distserve import compiled
+from distserve import compiled, plots
 from distserve.catalogue import model_spec
 from distserve.cluster import LOCAL, Cluster
 from distserve.costs.choose import choose_costs
@@ -45,10 +45,9 @@ class Options:
 
 def run(options: Options) -> int:
     """The whole command; returns the exit status."""
-    for option, path in (("--output", options.out), ("--json", options.json_out), ("--plot", options.plot)):
+    for option, path in (("--output", options.out), ("--json", options.json_out)):
         check_writable(option, path)
-    if options.plot is not None:
-        plot.check(options.plot)
+    plots.check("--plot", options.plot)
     cluster = Cluster.load(options.cluster)
     costs = choose_costs(options.model, cluster.device, options.costs, here=options.cluster == LOCAL or None)
     workload = Workload.load(options.workload).clipped(model_spec(options.model).max_model_len)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distserve.errors import UsageError
+from distserve import plots
 from distserve.metrics import Record, Report
 from distserve.sim.simulate import Imagination
 
@@ -15,34 +15,16 @@ SLICES = 40  # of the run, for attainment over time
 
 def draw(found: Imagination, report: Report, path: Path) -> None:
     """Writes .png, .svg or what else matplotlib knows. Raises `UsageError` with the cure."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'distserve[plots]'") from None
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = plots.figure(12, 3.6)
     first, second, third = figure.subplots(1, 3)
     start = found.records[0].arrival + report.warmup
     good = [record for record in found.records if record.ok and record.arrival >= start]
-    _distribution(first, "TTFT", [record.ttft for record in good if record.ttft is not None], report.slo.ttft)
-    _distribution(second, "TPOT", [record.tpot for record in good if record.tpot is not None], report.slo.tpot)
+    ttfts = [record.ttft for record in good if record.ttft is not None]
+    tpots = [record.tpot for record in good if record.tpot is not None]
+    plots.distribution(first, "TTFT", [("", ttfts)], report.slo.ttft)
+    plots.distribution(second, "TPOT", [("", tpots)], report.slo.tpot)
     _over_time(third, found.records, report)
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise UsageError(f"--plot {path}: {error}: name a file that ends in .png or .svg") from None
-
-
-def _distribution(axes: Any, name: str, values: Sequence[float], target: float | None) -> None:
-    ordered = sorted(values)
-    shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
-    axes.plot(ordered, shares)
-    if target is not None:
-        axes.axvline(target, color="tab:red", linestyle="--", label=f"target {target:g} s")
-        axes.legend()
-    if ordered and ordered[-1] > 20 * ordered[len(ordered) // 2]:
-        axes.set_xscale("log")
-    axes.set(xlabel=f"{name} (s)", ylabel="share of requests", ylim=(0, 1.02), title=name)
-    axes.grid(alpha=0.3)
+    plots.save(figure, path)
 
 
 def _over_time(axes: Any, records: Sequence[Record], report: Report) -> None:

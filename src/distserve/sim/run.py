@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from distserve import compiled, metrics
+from distserve import compiled, metrics, plots, steady
 from distserve.cluster import LOCAL, Cluster
 from distserve.costs.base import Costs
 from distserve.costs.choose import choose_costs
@@ -59,12 +59,9 @@ class Options:
 
 def run(options: Options) -> int:
     """The whole command; returns the exit status."""
-    for option, path in (
-        ("--json", options.json_out),
-        ("--requests-out", options.requests_out),
-        ("--plot", options.plot),
-    ):
+    for option, path in (("--json", options.json_out), ("--requests-out", options.requests_out)):
         check_writable(option, path)
+    plots.check("--plot", options.plot)
     plan = Plan.load(options.plan)
     cluster = Cluster.load(options.cluster) if options.cluster is not None else None
     costs = _costs(options, plan, cluster)
@@ -119,16 +116,9 @@ def _workload(options: Options, context: int) -> Workload:
 def _unsteady(found: Imagination, targets: Targets, warmup: float) -> list[str]:
     """Says so where the second half of the run did not do as the first."""
     start = found.records[0].arrival + warmup
-    met = [targets.met(record) for record in found.records if record.arrival >= start]
-    early, late = met[: len(met) // 2], met[len(met) // 2 :]
-    if not early or metrics.proportion_interval(late)[1] >= metrics.proportion_interval(early)[0]:
-        return []
-    first, second = (f"{sum(half) / len(half):.0%}" for half in (early, late))
-    note = (
-        f"attainment falls from {first} in the first half of the run to {second} in the second: its queues have not "
-        "settled; give more requests (-n) for a steady state, if there is one at this rate"
-    )
-    return [note]
+    falling = steady.falling([targets.met(record) for record in found.records if record.arrival >= start])
+    more = "its queues have not settled; give more requests (-n) for a steady state, if there is one at this rate"
+    return [f"{falling}: {more}"] if falling else []
 
 
 def _title(workload: Workload, costs: Costs) -> str:
