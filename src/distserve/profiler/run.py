@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import math
 import signal
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -121,17 +121,21 @@ def _measure(options: Options, engines: list[EngineOptions], spec: ModelSpec, fo
     """Fills `found`; True: Ctrl-C ended it."""
     title = f"measuring {options.model} ({machine.device_name(machine.resolve_device(options.device))})"
     with show.progress(title, options.time) as tell:
-        tell("loading", options.time)
+
+        async def work() -> None:
+            tell("loading", options.time)
+            await _phases(options, engines, spec, found, Budget(options.time, tell))
+
         try:
-            asyncio.run(_interruptible(_phases(options, engines, spec, found, Budget(options.time, tell))))
-        except asyncio.CancelledError:
+            asyncio.run(_interruptible(work))
+        except (asyncio.CancelledError, KeyboardInterrupt):  # the latter: before anything had begun
             return True
     return False
 
 
-async def _interruptible(work: Coroutine[None, None, None]) -> None:
+async def _interruptible(work: Callable[[], Coroutine[None, None, None]]) -> None:
     """Ctrl-C cancels the work, which then ends its processes."""
-    task = asyncio.ensure_future(work)
+    task = asyncio.ensure_future(work())
     loop = asyncio.get_running_loop()
     with _handler(loop, task):
         await task
