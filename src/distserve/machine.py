@@ -11,6 +11,8 @@ from pathlib import Path
 
 from distserve.errors import UsageError
 
+DEFAULT_KV = 1 << 30  # bytes of an instance's KV memory on a CPU, where nobody says another size
+
 
 def cores() -> list[int]:
     """CPU cores that this process may use."""

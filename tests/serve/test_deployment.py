@@ -8,7 +8,7 @@ from distserve import machine
 from distserve.errors import PlanError, UsageError
 from distserve.plan import InstanceSpec, Plan, Role, default_plan
 from distserve.serve.config import InstanceConfig, decode_config, encode_config
-from distserve.serve.deployment import DEFAULT_KV, starts
+from distserve.serve.deployment import starts
 from distserve.serve.options import ServeOptions
 from distserve.serve.pace import FIRST, FLOOR, SLACK, Pace
 from distserve.specs import ModelSpec
@@ -51,7 +51,7 @@ def test_cores_are_shared_out() -> None:
     prefill, decode = configs(ServeOptions(), default_plan())
     assert (prefill.name, prefill.role, prefill.engine.cores) == ("prefill-0", Role.PREFILL, (0, 1))
     assert (decode.name, decode.role, decode.engine.cores) == ("decode-0", Role.DECODE, (2, 3))
-    assert prefill.engine.kv_bytes == DEFAULT_KV
+    assert prefill.engine.kv_bytes == machine.DEFAULT_KV
 
 
 @pytest.mark.usefixtures("four_cores")
@@ -97,7 +97,7 @@ def test_ranks_have_cores_of_their_own_while_there_are_enough(caplog: pytest.Log
     assert (prefill.engine.tp, prefill.engine.pp, prefill.engine.ranks) == (2, 1, ((0, 1), (2,)))
     assert (decode.engine.ranks, decode.engine.cores) == ((), (3,))
     assert [prefill.engine.of_rank(rank).cores for rank in (0, 1)] == [(0, 1), (2,)]
-    assert (prefill.engine.kv_bytes, decode.engine.kv_bytes) == (DEFAULT_KV // 2, DEFAULT_KV)
+    assert (prefill.engine.kv_bytes, decode.engine.kv_bytes) == (machine.DEFAULT_KV // 2, machine.DEFAULT_KV)
     assert not caplog.records
 
 

@@ -29,7 +29,6 @@ from distserve.profiler.worker import find
 from distserve.profiler.workers import Workers
 from distserve.specs import DTYPE_BYTES, ModelSpec
 
-DEFAULT_KV = 1 << 30  # bytes of an instance's KV memory on a CPU, as `distserve serve` gives it
 GPU_SHARE = 0.4  # of a GPU's memory, of each of two workers that share it
 LEAST = 10.0  # seconds
 LARGEST_BATCH = 256  # sequences that an instance decodes together, as schedulers have it
@@ -103,7 +102,7 @@ def _engines(options: Options, path: str, spec: ModelSpec) -> list[EngineOptions
     memory = None if options.kv_memory is None else parse_memory(options.kv_memory)
     engine = EngineOptions(model=path, dtype=options.dtype, block_size=options.block_size)
     if device == "cpu":
-        size = int(memory * machine.memory()) if isinstance(memory, float) else memory or DEFAULT_KV
+        size = int(memory * machine.memory()) if isinstance(memory, float) else memory or machine.DEFAULT_KV
         return [replace(engine, kv_bytes=size, cores=(core,)) for core in places]
     total = machine.gpu_memory(0)
     if isinstance(memory, float):

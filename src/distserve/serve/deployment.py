@@ -20,7 +20,6 @@ from distserve.specs import DTYPE_BYTES, KVLayout, ModelSpec
 
 log = logging.getLogger(__name__)
 
-DEFAULT_KV = 1 << 30  # bytes of an instance's KV memory on a CPU
 GPU_SHARE = 0.85  # of a GPU's memory, for weights and KV together
 GPU_RESERVE = 2 << 30  # bytes of a GPU for activations and the driver
 
@@ -109,7 +108,7 @@ def _kv_bytes(options: ServeOptions, replica: Replica, where: Where, weights: Ma
     if isinstance(asked, int):
         return asked
     if on_cpu:
-        return int(asked * machine.memory() if asked is not None else DEFAULT_KV) // replica.spec.num_ranks
+        return int(asked * machine.memory() if asked is not None else machine.DEFAULT_KV) // replica.spec.num_ranks
     return min(_gpu_kv_bytes(replica, asked, rank[0], where, weights) for rank in where[replica.name])
 
 
