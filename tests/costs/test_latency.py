@@ -15,9 +15,8 @@ from distserve.costs.latency import (
     PrefillLine,
     Rows,
     Table,
-    composition,
 )
-from distserve.sched.base import Sequence
+from distserve.sched.base import Sequence, composition
 
 LINES = (DecodeLine(1, 0.02, 6e-7, 4e-5), DecodeLine(95, 0.007, 5.8e-7, 1.6e-4))
 PLAIN = Coefficients((PrefillLine(0.018, 1e-4, 7e-9),), LINES)

@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 from distserve.knee import SIZES, knee
 from distserve.sched.base import Sequence as Scheduled
+from distserve.sched.base import composition
+from distserve.sched.base import composition
 
 
 class PrefillLine(NamedTuple):
@@ -281,21 +283,3 @@ class Latency:
 
     def _total(self, host: float, seconds: float) -> float:
         return host + self.pp * self._stage(seconds)
-
-
-def composition(items: list[tuple[Scheduled, int]], padded: bool = False) -> tuple[int, int, int, int]:
-    """(prompt tokens, their squares, decoding sequences, their context) of a batch."""
-    tokens = squares = prompts = longest = batch = context = 0
-    for sequence, n in items:
-        computed = sequence.num_computed
-        if n == 1 and computed:
-            batch += 1
-            context += computed + 1
-        else:  # a single token that is a sequence's first is a prompt
-            tokens += n
-            squares += n * (2 * computed + n)
-            prompts += 1
-            longest = max(longest, n)
-    if padded and prompts > 1:
-        tokens, squares = prompts * longest, prompts * longest * longest
-    return tokens, squares, batch, context

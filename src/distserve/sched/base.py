@@ -191,6 +191,24 @@ class Batch:
         return len(self.members) + sum([n for _, n in self.others])
 
 
+def composition(items: list[Item], padded: bool = False) -> tuple[int, int, int, int]:
+    """(prompt tokens, their squares, decoding sequences, their context) of a batch."""
+    tokens = squares = prompts = longest = batch = context = 0
+    for sequence, n in items:
+        computed = sequence.num_computed
+        if n == 1 and computed:
+            batch += 1
+            context += computed + 1
+        else:  # a single token that is a sequence's first is a prompt
+            tokens += n
+            squares += n * (2 * computed + n)
+            prompts += 1
+            longest = max(longest, n)
+    if padded and prompts > 1:
+        tokens, squares = prompts * longest, prompts * longest * longest
+    return tokens, squares, batch, context
+
+
 class StepResult(Protocol):
     """What the world reports of an executed batch."""
 
