@@ -28,7 +28,6 @@ from typing import NamedTuple
 from distserve.knee import SIZES, knee
 from distserve.sched.base import Sequence as Scheduled
 from distserve.sched.base import composition
-from distserve.sched.base import composition
 
 
 class PrefillLine(NamedTuple):
