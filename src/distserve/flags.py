@@ -1,4 +1,4 @@
-"""Options that several commands have, said once: a load, and where reports go. Knows no command."""
+"""Options that several commands have, said once: a load, an engine, and where reports go. Knows no command."""
 
 from __future__ import annotations
 
@@ -39,5 +39,17 @@ Warmup = Annotated[
         "[default: a tenth of a drawn run; 0 when a file is replayed]",
     ),
 ]
+Seed = Annotated[int, typer.Option(metavar="S", help="Same seed, same arrivals, lengths and prompts.")]
+Device = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda", help="What computes; auto takes the GPUs where there are any.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|bfloat16|float16|float32",
+        help="Type of weights and KV; auto takes the checkpoint's (GGUF: bfloat16).",
+    ),
+]
+BlockSize = Annotated[int, typer.Option(metavar="16|32|64", help="Tokens in a block of KV.")]
 JsonOut = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write the report as JSON; - is stdout.")]
 RequestsOut = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV row for each request.")]

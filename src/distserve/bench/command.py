@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from distserve.bench.options import BenchOptions, parse_numbers
-from distserve.flags import Cv, JsonOut, Rate, RequestsOut, Warmup, WorkloadName
+from distserve.flags import Cv, JsonOut, Rate, RequestsOut, Seed, Warmup, WorkloadName
 
 
 def bench(
@@ -38,7 +38,7 @@ def bench(
             help="How many to offer.  [default: a minute's worth, at least 100; a replayed file whole]",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="S", help="Same seed, same arrivals, lengths and prompts.")] = 0,
+    seed: Seed = 0,
     slo: Annotated[
         str | None,
         typer.Option(

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from distserve.flags import BlockSize, Device, Dtype
+
 
 def profile(
     model: Annotated[
@@ -21,17 +23,8 @@ def profile(
     ] = "costs.json",
     tp: Annotated[int, typer.Option(metavar="N", help="Tensor parallelism of the instance that is measured.")] = 1,
     pp: Annotated[int, typer.Option(metavar="N", help="Pipeline parallelism.")] = 1,
-    device: Annotated[
-        str,
-        typer.Option(metavar="auto|cpu|cuda", help="What computes; auto takes the GPUs where there are any."),
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|bfloat16|float16|float32",
-            help="Type of weights and KV; auto takes the checkpoint's (GGUF: bfloat16).",
-        ),
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     kv_memory: Annotated[
         str | None,
         typer.Option(
@@ -40,7 +33,7 @@ def profile(
             "of a GPU]",
         ),
     ] = None,
-    block_size: Annotated[int, typer.Option(metavar="16|32|64", help="Tokens in a block of KV.")] = 32,
+    block_size: BlockSize = 32,
     longest: Annotated[
         int | None,
         typer.Option(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from distserve.errors import UsageError
+from distserve.flags import BlockSize, Device, Dtype
 from distserve.plan import parse_memory
 from distserve.serve.options import ServeOptions
 
@@ -30,17 +31,8 @@ def serve(
             "(docs/reference/plan.md).  [default: one prefill and one decode instance]",
         ),
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(metavar="auto|cpu|cuda", help="What computes; auto takes the GPUs where there are any."),
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|bfloat16|float16|float32",
-            help="Type of weights and KV; auto takes the checkpoint's (GGUF: bfloat16).",
-        ),
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 opens it to the network.")
     ] = "127.0.0.1",
@@ -72,7 +64,7 @@ def serve(
             "[default: 1GiB on a CPU; what the weights leave of a GPU]",
         ),
     ] = None,
-    block_size: Annotated[int, typer.Option(metavar="16|32|64", help="Tokens in a block of KV.")] = 32,
+    block_size: BlockSize = 32,
     transport: Annotated[
         str,
         typer.Option(

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from distserve.errors import UsageError
+from distserve.bench.options import parse_numbers
+from distserve.flags import Seed
 from distserve.metrics import SLO
 from distserve.validate.options import ValidateOptions
 
@@ -62,7 +63,7 @@ def validate(
     repeats: Annotated[
         int, typer.Option(metavar="N", help="Measure every run so often: the same requests again, which shows noise.")
     ] = 1,
-    seed: Annotated[int, typer.Option(metavar="S", help="Same seed, same arrivals, lengths and prompts.")] = 0,
+    seed: Seed = 0,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="As `distserve serve` takes it; goes before the plan's.")
     ] = None,
@@ -115,7 +116,7 @@ def validate(
         costs=costs,
         plans=tuple(plan or ()),
         workloads=tuple(workload or ()),
-        rates=_numbers(rates),
+        rates=parse_numbers("--rates", rates) if rates is not None else (),
         slos=tuple(map(SLO.parse, slo or ())),
         goal=goal,
         duration=duration,
@@ -135,10 +136,3 @@ def validate(
     from distserve.validate.run import run
 
     raise typer.Exit(run(options))
-
-
-def _numbers(text: str | None) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",")) if text is not None else ()
-    except ValueError:
-        raise UsageError(f"--rates {text!r}: write numbers with commas between them, such as 1,2,4") from None
