@@ -20,9 +20,10 @@ from benchmarks.harness import serve_commands
 from distserve.engine.base import EngineOptions, EngineResult, Executor
 from distserve.engine.executor import LocalExecutor
 from distserve.engine.group import GroupExecutor
+from distserve.ranks import spawn_ranks
 from distserve.request import Request, SamplingParams
 from distserve.sched.base import Batch, Sequence
-from distserve.serve.ranks import spawn_ranks
+from distserve.serve.launch import RANK
 from distserve.transfer.memory import SharedMemory
 
 KV = 2 << 30  # bytes of each rank
@@ -47,7 +48,7 @@ class Instance:
         ranks = tuple((core,) for core in cores)
         options = EngineOptions(model, dtype="bfloat16", kv_bytes=KV, tp=tp, pp=pp, ranks=ranks)
         meeting = Path(tempfile.mkdtemp()) / "meeting"
-        return GroupExecutor(options, spawn_ranks(tp * pp), self._allocate, meeting)
+        return GroupExecutor(options, spawn_ranks(tp * pp, RANK), self._allocate, meeting)
 
     def _allocate(self, size: int) -> str:
         self.memories.append(SharedMemory(size))

@@ -24,6 +24,7 @@ NOUNS = {
     "gguf_head",
     "machine",
     "native",
+    "ranks",
     "compiled",
     "precompile",
     "request",

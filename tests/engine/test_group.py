@@ -28,12 +28,13 @@ from distserve.engine.messages import Stage, encode
 from distserve.engine.worker import stage_blocks
 from distserve.errors import DistserveError, InstanceGone, RequestError, UsageError
 from distserve.line import WaitingLine
+from distserve.ranks import RankProcess, end_ranks, spawn_ranks
 from distserve.request import Request, SamplingParams, Token
 from distserve.sched.base import Batch, Sequence
 from distserve.sched.blocks import BlockPool
 from distserve.sched.colocated import ChunkedScheduler
 from distserve.sched.policy import ColocatedPolicy
-from distserve.serve.ranks import RankProcess, end_ranks, spawn_ranks
+from distserve.serve.launch import RANK
 from distserve.transfer.memory import SharedMemory
 
 OPTIONS = EngineOptions("", dtype="float32", block_size=16, kv_bytes=1 << 20)
@@ -45,7 +46,7 @@ async def group(
 ) -> AsyncIterator[tuple[GroupExecutor, list[RankProcess]]]:
     """Not started yet; its ranks are gone at the end."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    processes = spawn_ranks(tp * pp)
+    processes = spawn_ranks(tp * pp, RANK)
     memories: list[SharedMemory] = []
 
     def allocate(size: int) -> str:

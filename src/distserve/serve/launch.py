@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from distserve.plan import Plan, Role, default_plan
+from distserve.ranks import RankProcess, as_rank, end_ranks, fork_ranks, spawn_ranks
 from distserve.sched.base import Scheduler
 from distserve.sched.blocks import BlockPool
 from distserve.serve import eventloop
@@ -26,7 +27,6 @@ from distserve.serve.fleet import Start
 from distserve.serve.forkserver import main as fork_server
 from distserve.serve.options import DEMO_MODEL, ServeOptions
 from distserve.serve.process import Parts, SharingExecutor, live
-from distserve.serve.ranks import RankProcess, as_rank, end_ranks, fork_ranks, spawn_ranks
 from distserve.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RANK = (sys.executable, "-m", "distserve.serve.launch", "rank")  # a rank in an interpreter of its own
 WARM_KV = 64 << 20  # bytes of an instance's KV memory that are taken before the first request needs them
 
 BANNER = """
@@ -107,6 +108,7 @@ async def _serve(
     from distserve.serve.http.tokens import load_tokenizer
     from distserve.serve.record import recording
     from distserve.serve.server import LoadingDisplay, Server
+    from distserve.serve.steplog import folder
     from distserve.serve.telemetry import Telemetry
 
     display = LoadingDisplay([start.name for start in found])
@@ -114,6 +116,8 @@ async def _serve(
     fleet = Fleet(found, display.show)
     admission = AdmissionPolicy(max_requests=options.max_queue) if options.max_queue else AdmissionPolicy()
     context = options.max_model_len or spec.max_model_len
+    if options.record_steps is not None:
+        folder(options.record_steps)
     record = recording(options.record, options.record_size, clock=time.monotonic)
     gateway = Gateway(
         fleet.remotes, Router(admission), telemetry, time.monotonic, max_model_len=context, ended=record.note
@@ -199,7 +203,7 @@ def _drive(config: InstanceConfig, ranks: list[RankProcess], life_line: BinaryIO
 def _main() -> int:
     """An instance in an interpreter of its own."""
     config = decode_config(sys.stdin.buffer.readline())
-    ranks = spawn_ranks(config.engine.num_ranks) if has_ranks(config) else []
+    ranks = spawn_ranks(config.engine.num_ranks, RANK) if has_ranks(config) else []
     return _drive(config, ranks, sys.stdin.buffer)
 
 

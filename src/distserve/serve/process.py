@@ -19,12 +19,13 @@ from typing import BinaryIO, Protocol
 from distserve.engine.base import Executor
 from distserve.errors import DistserveError, UsageError
 from distserve.line import Caller, Line, connect, listen
+from distserve.ranks import die_with_parent
 from distserve.sched.base import Scheduler
 from distserve.serve import eventloop
 from distserve.serve.config import InstanceConfig
 from distserve.serve.instance import InstanceLoop, Wiring
 from distserve.serve.messages import Fatal, Loading, Notice, Ready, ToGateway, decode_to_instance, encode
-from distserve.serve.ranks import die_with_parent
+from distserve.serve.steplog import step_log
 from distserve.serve.supervisor import BEAT
 from distserve.serve.switchboard import identity
 from distserve.sharding import Sharding
@@ -126,7 +127,8 @@ class _Process:
             self._send(Fatal(config.epoch, f"{type(error).__name__}: {error}", usage=False))
             return 1
         source = KVSource(config.name, config.epoch, parts.layout, parts.publisher.location, config.notices)
-        wiring = Wiring(source, parts.publisher, parts.transport, self._send, self._notify)
+        steps = step_log(config.steps, config.name, asyncio.get_running_loop().call_later)
+        wiring = Wiring(source, parts.publisher, parts.transport, self._send, self._notify, steps)
         self._loop = InstanceLoop(parts.scheduler, parts.executor, wiring, time.monotonic)
         executor = parts.executor
         self._send(
@@ -141,6 +143,7 @@ class _Process:
             return 1
         finally:
             beats.cancel()
+            steps.close()
             await executor.stop()
             if parts.transport is not None:
                 parts.transport.close()

@@ -3,8 +3,10 @@ forked). Each has the ends of two sockets: on the first it waits to be told whic
 `engine/worker.py`; the second is for moving KV between its device and the host's memory meanwhile.
 
     gateway -- fork server -- instance's process -- rank 0, rank 1, ...       each dies with the one before it
+    profile ----------------- worker's process ---- rank 0, rank 1, ...
 
-A fork has PyTorch already. It must come before the instance's process starts a thread or an event loop.
+A fork has PyTorch already. It must come before its parent starts a thread or an event loop. Knows no engine: what a rank
+does in its life it is handed.
 """
 
 from __future__ import annotations
@@ -14,12 +16,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 Body = Callable[[socket.socket, socket.socket], int]  # a rank's life on its two ends; returns its exit status
-
-COMMAND = (sys.executable, "-m", "distserve.serve.launch", "rank")  # and the numbers of two files: its ends
 
 
 class RankProcess:
@@ -61,15 +61,16 @@ def fork_ranks(count: int, body: Body) -> list[RankProcess] | int:
     return ranks
 
 
-def spawn_ranks(count: int) -> list[RankProcess]:
-    """New interpreters, which run `as_rank`."""
+def spawn_ranks(count: int, command: Sequence[str]) -> list[RankProcess]:
+    """New interpreters that run `command` with the numbers of two files behind it, the ends of their sockets; it must
+    come to `as_rank`."""
     ranks = []
     for _ in range(count):
         (end, their_end), (side, their_side) = socket.socketpair(), socket.socketpair()
         for theirs in (their_end, their_side):
             theirs.set_inheritable(True)  # no other file is: they are closed on the way
-        command = (*COMMAND, str(their_end.fileno()), str(their_side.fileno()))
-        ranks.append(RankProcess(os.posix_spawn(command[0], command, os.environ), end, side))
+        whole = (*command, str(their_end.fileno()), str(their_side.fileno()))
+        ranks.append(RankProcess(os.posix_spawn(whole[0], whole, os.environ), end, side))
         their_end.close()
         their_side.close()
     return ranks
