@@ -152,7 +152,7 @@ def test_a_full_disk_ends_the_recording_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("distserve.serve.record.os.write", full)
+        patch.setattr("distserve.serve.rows.os.write", full)
         record.note(ANSWERED)
         record.flush()
     record.note(ANSWERED)

@@ -113,6 +113,13 @@ def serve(
             "[default: 64MiB]",
         ),
     ] = None,
+    record_steps: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Each instance appends what its steps computed and how long they took to a .csv file here.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over the OpenAI API.
 
@@ -154,6 +161,7 @@ def serve(
         log_level=log_level,
         record=record,
         record_size=size,
+        record_steps=record_steps,
     )
     from distserve.serve.launch import serve as launch  # after the options were checked: it takes a second
 

@@ -28,6 +28,7 @@ class InstanceConfig:
     colocated: ColocatedPolicy = field(default_factory=ColocatedPolicy)
     transport: str = "shm"  # or nixl; the same for all instances
     log_level: str = "info"
+    steps: str | None = None  # folder of what steps took; None: nobody asked
 
 
 encode_config = msgspec.json.Encoder().encode

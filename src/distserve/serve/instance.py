@@ -47,6 +47,7 @@ from distserve.serve.messages import (
     Unknown,
 )
 from distserve.serve.pace import Pace
+from distserve.serve.steplog import Silent, StepLog
 from distserve.transfer.base import KVHandle, KVSource, Source, Transport
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Wiring:
     transport: Transport | None  # decode only
     send: Callable[[ToGateway], None]
     notify: Callable[[str, Notice], None]  # to the address of a source
+    steps: StepLog | Silent = Silent()  # noqa: RUF009  # has no state
 
 
 class InstanceLoop:
@@ -157,6 +159,7 @@ class InstanceLoop:
         since, batch, now = self._oldest_since(), self._flights.popleft().batch, self._clock()
         self._pace.record(batch.num_tokens, now - since)
         self._landed = now
+        self._wiring.steps.note(batch, now - result.seconds, result.seconds)
         self._tell(self._scheduler.complete(batch, result, now), result, batch.num_tokens)
 
     def _break(self, error: DistserveError) -> None:

@@ -43,6 +43,7 @@ class ServeOptions:
     log_level: str = "info"
     record: Path | None = None  # where arrivals, lengths and outcomes are written; None: nowhere
     record_size: int | None = None  # bytes after which that file is put aside and a new one begun; None: 64 MiB
+    record_steps: Path | None = None  # folder where each instance writes what its steps took; None: nowhere
 
     def __post_init__(self) -> None:
         if self.model is not None and not self.model.strip():
