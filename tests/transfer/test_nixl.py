@@ -14,14 +14,14 @@ from multiprocessing.connection import Connection
 import msgspec
 import numpy as np
 import pytest
-from tests.transfer.contract import NUM_BLOCKS, Medium, SourceEnd, TargetEnd, TransportContract, of
+from tests.transfer.contract import NUM_BLOCKS, TargetEnd, TransportContract, of
+from tests.transfer.shared import SharedMedium
 
 from distserve.errors import PullError, UsageError
 from distserve.transfer import agent as nixl_agent
-from distserve.transfer import copying, nixl
+from distserve.transfer import nixl
 from distserve.transfer.agent import Agent, require
-from distserve.transfer.base import KVHandle, KVSource
-from distserve.transfer.blocks import RankBlocks
+from distserve.transfer.base import KVHandle
 from distserve.transfer.layout import InstanceLayout
 from distserve.transfer.memory import SharedMemory
 from distserve.transfer.nixl import NixlSource, NixlTransport
@@ -32,44 +32,16 @@ except UsageError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
 
-class NixlMedium(Medium):
+class NixlMedium(SharedMedium):
     """Every end has an agent of its own, as instances have."""
 
-    def __init__(self) -> None:
-        self._sources: list[NixlSource] = []
-        self._transports: list[NixlTransport] = []
-        self._agents: list[Agent] = []
-        self._memories: list[SharedMemory] = []
+    def make_source(self, memories: list[SharedMemory], num_blocks: int, layout: InstanceLayout) -> NixlSource:
+        return NixlSource(memories, num_blocks, layout, agent=Agent(one_host=True))
 
-    def source(self, layout: InstanceLayout, num_blocks: int, instance: str = "prefill-0", epoch: int = 1) -> SourceEnd:
-        memories, ranks = self._allocate(layout, num_blocks)
-        source = NixlSource(memories, num_blocks, layout, agent=Agent(one_host=True))
-        self._sources.append(source)
-        return SourceEnd(source, KVSource(instance, epoch, layout, source.location, notices=""), ranks)
-
-    def target(self, layout: InstanceLayout, num_blocks: int) -> TargetEnd:
-        memories, ranks = self._allocate(layout, num_blocks)
+    def make_transport(self, memories: list[SharedMemory], num_blocks: int, layout: InstanceLayout) -> NixlTransport:
         agent = Agent(one_host=True)
-        transport = NixlTransport(memories, num_blocks, layout, agent=agent)
-        self._transports.append(transport)
-        self._agents.append(agent)
-        self._memories += memories
-        return TargetEnd(transport, layout, ranks)
-
-    def _allocate(self, layout: InstanceLayout, num_blocks: int) -> tuple[list[SharedMemory], list[copying.Bytes]]:
-        sizes = [layout.of_rank(rank).block_bytes for rank in range(layout.sharding.num_ranks)]
-        memories = [SharedMemory(num_blocks * size) for size in sizes]
-        return memories, RankBlocks([memory.buffer for memory in memories], num_blocks, layout).ranks
-
-    def close(self) -> None:
-        for transport in self._transports:
-            transport.close()
-        for agent in self._agents:
-            agent.close()
-        for source in self._sources:
-            source.close()
-        for memory in self._memories:
-            memory.close()
+        self.pulling.callback(agent.close)  # after its transport
+        return NixlTransport(memories, num_blocks, layout, agent=agent)
 
 
 class TestNixl(TransportContract):

@@ -11,48 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.transfer.contract import NUM_BLOCKS, Medium, SourceEnd, TargetEnd, TransportContract, of
+from tests.transfer.contract import NUM_BLOCKS, TransportContract, of
+from tests.transfer.shared import SharedMedium
 
 from distserve.errors import PullError
-from distserve.transfer import copying, shm
-from distserve.transfer.base import KVSource
-from distserve.transfer.blocks import RankBlocks
+from distserve.transfer import shm
 from distserve.transfer.layout import InstanceLayout
 from distserve.transfer.memory import SharedMemory, attach
 from distserve.transfer.shm import ShmSource, ShmTransport
 
 
-class ShmMedium(Medium):
-    def __init__(self) -> None:
-        self._sources: list[ShmSource] = []
-        self._transports: list[ShmTransport] = []
-        self._memories: list[SharedMemory] = []
+class ShmMedium(SharedMedium):
+    def make_source(self, memories: list[SharedMemory], num_blocks: int, layout: InstanceLayout) -> ShmSource:
+        return ShmSource(memories, num_blocks, layout)
 
-    def source(self, layout: InstanceLayout, num_blocks: int, instance: str = "prefill-0", epoch: int = 1) -> SourceEnd:
-        memories, ranks = self._allocate(layout, num_blocks)
-        source = ShmSource(memories, num_blocks, layout)
-        self._sources.append(source)
-        return SourceEnd(source, KVSource(instance, epoch, layout, source.location, notices=""), ranks)
-
-    def target(self, layout: InstanceLayout, num_blocks: int) -> TargetEnd:
-        memories, ranks = self._allocate(layout, num_blocks)
-        transport = ShmTransport(memories, num_blocks, layout)
-        self._transports.append(transport)
-        self._memories += memories
-        return TargetEnd(transport, layout, ranks)
-
-    def _allocate(self, layout: InstanceLayout, num_blocks: int) -> tuple[list[SharedMemory], list[copying.Bytes]]:
-        sizes = [layout.of_rank(rank).block_bytes for rank in range(layout.sharding.num_ranks)]
-        memories = [SharedMemory(num_blocks * size) for size in sizes]
-        return memories, RankBlocks([memory.buffer for memory in memories], num_blocks, layout).ranks
-
-    def close(self) -> None:
-        for transport in self._transports:
-            transport.close()
-        for source in self._sources:
-            source.close()
-        for memory in self._memories:
-            memory.close()
+    def make_transport(self, memories: list[SharedMemory], num_blocks: int, layout: InstanceLayout) -> ShmTransport:
+        return ShmTransport(memories, num_blocks, layout)
 
 
 class TestInTheLoop(TransportContract):
