@@ -5,8 +5,8 @@ forked). Each has the ends of two sockets: on the first it waits to be told whic
     gateway -- fork server -- instance's process -- rank 0, rank 1, ...       each dies with the one before it
     profile ----------------- worker's process ---- rank 0, rank 1, ...
 
-A fork has PyTorch already. It must come before its parent starts a thread or an event loop. Knows no engine: what a rank
-does in its life it is handed.
+A fork has PyTorch already. It must come before its parent starts a thread or an event loop. Knows no engine: what a
+rank does in its life it is handed.
 """
 
 from __future__ import annotations
