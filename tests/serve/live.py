@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -98,6 +99,25 @@ class Server:
         """Sends a signal and waits for the end; returns the exit status."""
         self.process.send_signal(number)
         return self.process.wait(within)
+
+
+def survives(server: Server, victim: str, max_tokens: int) -> None:
+    """Stories that an instance dies over are told as ever, and it comes back."""
+    stories = {i: server.text(f"story {i}", max_tokens=max_tokens, seed=i) for i in range(3)}
+    found: dict[int, str] = {}
+
+    def ask(i: int) -> None:
+        found[i] = server.text(f"story {i % 3}", max_tokens=max_tokens, seed=i % 3)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    server.wait_for("work", lambda: not server.idle())
+    server.kill(victim)
+    for thread in threads:
+        thread.join()
+    assert found == {i: stories[i % 3] for i in range(12)}
+    server.wait_for("restart", lambda: server.pid(victim) is not None)
 
 
 @contextmanager

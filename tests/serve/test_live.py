@@ -16,7 +16,7 @@ import httpx2
 import openai
 import psutil
 import pytest
-from tests.serve.live import COMMAND, Server, serving
+from tests.serve.live import COMMAND, Server, serving, survives
 
 PAIRS = """
 [[instances]]
@@ -103,21 +103,7 @@ async def test_thousands_of_requests_with_departures_leak_nothing(server: Server
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-1"])
 def test_answers_survive_the_death_of_an_instance(tmp_path: Path, pairs: str, victim: str) -> None:
     with serving(tmp_path, "fake:step=0.01", "--plan", pairs, "--kv-memory", "8MiB") as server:
-        good = [server.text(f"story {i}", max_tokens=60, seed=i) for i in range(3)]
-        found: dict[int, str] = {}
-
-        def ask(i: int) -> None:
-            found[i] = server.text(f"story {i % 3}", max_tokens=60, seed=i % 3)
-
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
-        for thread in threads:
-            thread.start()
-        server.wait_for("work", lambda: not server.idle())
-        server.kill(victim)
-        for thread in threads:
-            thread.join()
-        assert found == {i: good[i % 3] for i in range(12)}
-        server.wait_for("restart", lambda: server.pid(victim) is not None)
+        survives(server, victim, max_tokens=60)
         assert server.total("distserve:instance_restarts_total") == 1
         server.wait_for("all blocks free", server.idle, within=5)
 

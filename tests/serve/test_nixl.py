@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-import threading
 from pathlib import Path
 
 import pytest
-from tests.serve.live import Server, serving
+from tests.serve.live import Server, serving, survives
 
 from distserve.engine import hub
 from distserve.errors import UsageError
@@ -45,20 +44,7 @@ def test_answers_survive_the_death_of_either_side(tmp_path: Path) -> None:
     with serving(tmp_path, "fake:step=0.01", *options) as server:
         good = [server.text(f"story {i}", max_tokens=40, seed=i) for i in range(3)]
         for victim in ("prefill-0", "decode-1"):
-            found: dict[int, str] = {}
-
-            def ask(i: int, found: dict[int, str] = found) -> None:
-                found[i] = server.text(f"story {i % 3}", max_tokens=40, seed=i % 3)
-
-            threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
-            for thread in threads:
-                thread.start()
-            server.wait_for("work", lambda: not server.idle())
-            server.kill(victim)
-            for thread in threads:
-                thread.join()
-            assert found == {i: good[i % 3] for i in range(12)}
-            server.wait_for("restart", lambda victim=victim: server.pid(victim) is not None)
+            survives(server, victim, max_tokens=40)
         assert [server.text(f"story {i}", max_tokens=40, seed=i) for i in range(3)] == good
         server.wait_for("all blocks free", server.idle, within=5)
         assert server.total("distserve:digest_failures_total") == 0
