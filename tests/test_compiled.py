@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,39 @@ def test_all_sources_that_shape_the_code_are_in_its_hash() -> None:
             waiting += sorted(modules[name].inside)
     rooms = {name for name in seen if modules[name].path.name == "__init__.py"}
     assert seen - rooms == {*compiled.MODULES, *compiled.TYPES}
+
+
+def test_what_nobody_used_lately_is_cleared_away_when_something_new_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache, hour = tmp_path / "compiled", 3600
+    ages = {"a": 1000, "b": 25, "c": 23, "d": 0, "tmp-of-a-killed-build": 30, "e": 500, "f": 24.5}  # hours
+    for name, age in ages.items():
+        (cache / name).mkdir(parents=True)
+        (cache / name / "code.so").touch()
+        os.utime(cache / name, (0, time.time() - age * hour))
+    monkeypatch.setattr(compiled, "folder", lambda: cache / "new")
+    monkeypatch.setattr(precompile, "find_compiler", lambda: "cc")
+    monkeypatch.setattr(precompile, "_translate", lambda work: [])
+    monkeypatch.setattr(precompile, "_compile", lambda compiler, work, extensions, made: (made / "new.so").touch())
+    assert precompile.build() == cache / "new"
+    assert sorted(path.name for path in cache.iterdir()) == ["c", "d", "f", "new"]
+    assert (cache / "new" / "new.so").exists()
+    assert (cache / "c" / "code.so").exists()
+    os.utime(cache / "f", (0, 0))
+    assert precompile.build() == cache / "new"
+    assert (cache / "f").exists(), "nothing new, nothing cleared"
+
+
+def test_code_that_a_process_takes_counts_as_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / compiled.file_of(compiled.LIBRARY)).touch()
+    os.utime(tmp_path, (0, 0))
+    monkeypatch.delenv(compiled.OFF, raising=False)
+    monkeypatch.setattr(compiled, "folder", lambda: tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    compiled.install()
+    assert compiled.in_use()
+    assert tmp_path.stat().st_mtime > time.time() - 60
 
 
 def test_who_waits_for_the_interpreter_is_told_how_not_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

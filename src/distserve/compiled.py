@@ -11,6 +11,7 @@ method.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -108,6 +109,8 @@ def install() -> None:
     """From now on the compiled modules are imported, where there are any. Called once, before any of them is."""
     if not os.environ.get(OFF) and folder().joinpath(file_of(LIBRARY)).exists():
         sys.meta_path.insert(0, _Finder(folder()))
+        with contextlib.suppress(OSError):  # of a cache that others share and this user may not write
+            os.utime(folder())  # who tidies up sees by it what is in use
 
 
 def in_use() -> bool:

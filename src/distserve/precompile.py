@@ -4,6 +4,7 @@
 
 Needs mypy (the extra `fast`) and a C compiler, and half a minute; the result lies in the user's cache, by a hash of the
 sources and of the interpreter. Several processes may do so at once: each works in a folder of its own and renames it.
+Whoever makes something new clears away what nobody used lately.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from distserve import compiled
 from distserve.native import BuildError, find_compiler
 
 _FLAGS = ("-O2", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-DNDEBUG", "-w")
+_KEPT = 4  # folders in the cache: of other interpreters, and of sources that somebody goes back to
+_LATELY = 24 * 3600.0  # seconds; what was used since then may be in use
 
 
 def build() -> Path:
@@ -41,10 +44,30 @@ def build() -> Path:
             _compile(compiler, work, _translate(work), made)
             with contextlib.suppress(FileExistsError, NotADirectoryError):
                 made.rename(target)
+            _clear(target.parent, work)
     except OSError as error:
         if not target.exists():
             raise BuildError(f"cannot write the cache {target.parent}: {error}; set XDG_CACHE_HOME") from error
     return target
+
+
+def _clear(cache: Path, trash: Path) -> None:
+    """Moves what nobody used lately out of `cache`, but for the newest few, into `trash`, which its owner deletes: by a
+    rename, so that a process which begins meanwhile finds all of a folder or nothing."""
+    used = {folder: _used(folder) for folder in cache.iterdir() if folder != trash}
+    newest_first = sorted(used, key=lambda folder: used[folder], reverse=True)
+    for folder in newest_first[_KEPT:]:
+        if used[folder] < time.time() - _LATELY:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                folder.rename(trash / f"old-{folder.name}")
+
+
+def _used(folder: Path) -> float:
+    """When a process last took its code from there (`compiled.install`); now, where another one cleared it away."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 def _translate(work: Path) -> list[Any]:
