@@ -11,9 +11,9 @@ from distserve.transfer.base import KVHandle
 class Start(msgspec.Struct, frozen=True):
     """To a worker's process, on its standard input: what to load, and how many workers to become."""
 
-    engine: EngineOptions
+    engines: list[EngineOptions]  # of each worker: all alike but for their cores
     sockets: list[int]  # file descriptors, one a worker
-    cores: list[list[int]]  # of each worker; empty: as they are
+    meeting: str  # a folder in which the ranks of a worker meet
 
 
 class Prompts(msgspec.Struct, frozen=True, tag=True):

@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TypeVar
@@ -88,7 +89,8 @@ class Remote:
 
 
 class Workers:
-    """As an asynchronous context: workers on a device each. `options` of each; on a CPU one process loads for all."""
+    """As an asynchronous context: workers on a device each, or on several with a rank on each. `options` of each; on a
+    CPU one process loads for all."""
 
     def __init__(
         self, options: Sequence[EngineOptions], progress: Callable[[float, str], None] = lambda fraction, what: None
@@ -96,6 +98,7 @@ class Workers:
         self._options = list(options)
         self._progress = progress
         self._processes: list[asyncio.subprocess.Process] = []
+        self._meeting = tempfile.TemporaryDirectory(prefix="distserve-", ignore_cleanup_errors=True)
         self.all: list[Remote] = []
 
     async def __aenter__(self) -> Workers:
@@ -123,7 +126,7 @@ class Workers:
         )
         self._processes.append(process)
         assert process.stdin is not None
-        start = Start(group[0], theirs, [list(options.cores) for options in group])
+        start = Start(list(group), theirs, self._meeting.name)
         process.stdin.write(encode(start) + b"\n")
         for ours, other in pairs:
             other.close()
@@ -137,11 +140,15 @@ class Workers:
                 await asyncio.wait_for(process.wait(), _PATIENCE)
             except TimeoutError:
                 with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+                    process.kill()  # and the kernel kills what it has forked
                 await process.wait()
+        self._meeting.cleanup()
 
 
 def _environ(group: Sequence[EngineOptions]) -> dict[str, str]:
-    """A maths library counts its threads when it is loaded: one where that forks, else as many as there are cores."""
-    threads = str(len(group[0].cores) or 1) if len(group) == 1 else "1"
+    """A maths library counts its threads when it is loaded: one where that forks, else as many as there are cores; of
+    several ranks each has its own."""
+    first = group[0]
+    each = max(map(len, first.ranks)) if first.ranks else len(first.cores) or 1
+    threads = str(each if len(group) == 1 or first.ranks else 1)
     return {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
