@@ -23,6 +23,14 @@ def profile(
     ] = "costs.json",
     tp: Annotated[int, typer.Option(metavar="N", help="Tensor parallelism of the instance that is measured.")] = 1,
     pp: Annotated[int, typer.Option(metavar="N", help="Pipeline parallelism.")] = 1,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add",
+            help="Add this parallelism to FILE where that is there, of the same machine, model and dtype. Only steps "
+            "are measured then; the rest of the file stays.",
+        ),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv_memory: Annotated[
@@ -61,6 +69,7 @@ def profile(
     Examples:
       distserve profile                                      # the demo model -> costs.json
       distserve profile ./my-model -o my-costs.json --time 300
+      distserve profile --tp 2 --add                         # and instances of two ranks, into the same file
       distserve simulate --plan plan.toml --costs costs.json --rate 2
       distserve plan --model smollm2-135m-instruct --cluster local --costs costs.json -w sharegpt --slo ttft=1,tpot=0.1
     """
@@ -80,6 +89,7 @@ def profile(
                 longest=longest,
                 time=time,
                 live=live,
+                add=add,
             )
         )
     )

@@ -9,27 +9,28 @@ import asyncio
 import contextlib
 import math
 import signal
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 
 from distserve import machine
 from distserve.costs import format
 from distserve.engine.base import EngineOptions
-from distserve.errors import DistserveError, PlanError, UsageError
+from distserve.errors import DistserveError, UsageError
 from distserve.outputs import check_writable, write_text
-from distserve.plan import parse_memory
-from distserve.profiler import assemble, phases, show
+from distserve.profiler import add, assemble, phases, show
 from distserve.profiler.grid import Range
 from distserve.profiler.phases import Budget, Findings
+from distserve.profiler.place import Places, both, places
 from distserve.profiler.worker import find
 from distserve.profiler.workers import Workers
 from distserve.specs import DTYPE_BYTES, ModelSpec
 
-GPU_SHARE = 0.4  # of a GPU's memory, of each of two workers that share it
 LEAST = 10.0  # seconds
 LARGEST_BATCH = 256  # sequences that an instance decodes together, as schedulers have it
 ENOUGH_PROMPT = 2048  # tokens; past the knee of most devices, and what lies beyond is a parabola
@@ -50,6 +51,7 @@ class Options:
     longest: int | None = None
     time: float = 160.0
     live: bool = True
+    add: bool = False  # to the file, if it is there
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.time) and self.time >= LEAST):
@@ -66,64 +68,59 @@ class Options:
         for name, value in (("--tp", self.tp), ("--pp", self.pp)):
             if value < 1:
                 raise UsageError(f"{name} {value} is too small: at least 1")
-        if self.tp * self.pp > 1:
-            raise PlanError(
-                f"--tp {self.tp} --pp {self.pp}: only instances of one device can be measured yet; leave both at 1"
-            )
+        if self.add and self.out == "-":
+            raise UsageError("--add adds to a file: give --output FILE with it")
 
 
 def run(options: Options) -> int:
     """The whole command; returns the exit status."""
     check_writable("--output", options.out)
-    path, spec = find(options.model)
-    engines = _engines(options, path, spec)
+    path, spec = find(options.model, options.tp, options.pp)
+    engine = EngineOptions(path, dtype=options.dtype, block_size=options.block_size, tp=options.tp, pp=options.pp)
+    where = places(engine, machine.resolve_device(options.device), options.kv_memory, spec)
+    heading = _heading(options, where.engines[0], spec)
+    old = add.known(options.out, heading) if options.add else None
+    if where.crowd:
+        show.say(f"warning: {where.crowd}: where each has its own they are faster than these costs will say")
     found = Findings()
-    interrupted = _measure(options, engines, spec, found)
+    interrupted = _measure(options, where, steps_only=old is not None, found=found)
     if lacks := assemble.missing(found):
         show.say(f"stopped before a fit could be made: {lacks} are needed; nothing was written")
         return 130 if interrupted else 1
-    table = assemble.table(found, _heading(options, engines[0], spec))
-    format.read(table, options.out)  # what is written can be read
-    write_text(options.out, format.text(table))
+    table = assemble.table(found, heading)
+    table["note"] = "; ".join([table["note"], *_lacks(where, steps_only=old is not None)])
+    whole = table if old is None else add.merged(old, table, heading)
+    format.read(whole, options.out)  # what is written can be read
+    write_text(options.out, format.text(whole))
     console = Console(stderr=options.out == "-", soft_wrap=True)
     show.summary(found, table, found.knee(spec.max_model_len), console)
     for warning in show.warnings(found, table):
         show.say(f"warning: {warning}")
     if options.out != "-":
-        show.say(f"wrote {options.out}{' with what was measured so far' if interrupted else ''}")
+        verb = "wrote" if old is None else f"added {show.degree(options.tp, options.pp)} to"
+        show.say(f"{verb} {options.out}{' with what was measured so far' if interrupted else ''}")
     return 130 if interrupted else 0
 
 
-def _engines(options: Options, path: str, spec: ModelSpec) -> list[EngineOptions]:
-    """Of two workers: neighbours as `distserve serve` would place two instances, a core or a GPU each."""
-    device = machine.resolve_device(options.device)
-    numbers = machine.cores() if device == "cpu" else list(range(machine.gpus()))
-    places = (numbers * 2)[:2]
-    memory = None if options.kv_memory is None else parse_memory(options.kv_memory)
-    engine = EngineOptions(model=path, dtype=options.dtype, block_size=options.block_size)
-    if device == "cpu":
-        size = int(memory * machine.memory()) if isinstance(memory, float) else memory or machine.DEFAULT_KV
-        return [replace(engine, kv_bytes=size, cores=(core,)) for core in places]
-    total = machine.gpu_memory(0)
-    if isinstance(memory, float):
-        memory = int(memory * total)
-    weights = spec.weight_bytes(spec.dtype if options.dtype == "auto" else options.dtype)
-    left = int((GPU_SHARE if places[0] == places[1] else 2 * GPU_SHARE) * total) - weights
-    if left <= 0:
-        raise PlanError(
-            f"the model's weights, {weights / 2**30:.1f} GiB, leave a GPU of {total / 2**30:.1f} GiB no room"
-        )
-    return [replace(engine, kv_bytes=memory or left, device=f"cuda:{index}") for index in places]
+def _lacks(where: Places, *, steps_only: bool) -> list[str]:
+    """What a reader of the file should know of how this machine measured it."""
+    said = [where.crowd] if where.crowd else []
+    if not where.neighbours and not steps_only:
+        said.append("nothing was measured beside a neighbour: two such instances have no devices of their own here")
+    return said
 
 
-def _measure(options: Options, engines: list[EngineOptions], spec: ModelSpec, found: Findings) -> bool:
-    """Fills `found`; True: Ctrl-C ended it."""
+def _measure(options: Options, where: Places, *, steps_only: bool, found: Findings) -> bool:
+    """Fills `found`; True: Ctrl-C ended it. `steps_only`: the rest is known."""
     title = f"measuring {options.model} ({machine.device_name(machine.resolve_device(options.device))})"
     with show.progress(title, options.time) as tell:
 
         async def work() -> None:
             tell("loading", options.time)
-            await _phases(options, engines, spec, found, Budget(options.time, tell))
+            budget = Budget(options.time, tell)
+            within = await _engine(options, where, steps_only, found, budget)
+            if options.live and not steps_only:
+                await _live(options, where.engines[0], within, found, budget)
 
         try:
             asyncio.run(_interruptible(work))
@@ -149,10 +146,9 @@ def _handler(loop: asyncio.AbstractEventLoop, task: asyncio.Future[None]) -> Ite
         loop.remove_signal_handler(signal.SIGINT)
 
 
-async def _phases(
-    options: Options, engines: list[EngineOptions], spec: ModelSpec, found: Findings, budget: Budget
-) -> None:
-    async with Workers(engines) as workers:
+async def _engine(options: Options, where: Places, steps_only: bool, found: Findings, budget: Budget) -> Range:
+    """What two instances tell; of steps alone, one. Returns what was measured up to."""
+    async with Workers(where.engines[:1] if steps_only else where.engines) as workers:
         first = workers.all[0]
         longest = min(options.longest or ENOUGH_PROMPT, first.ready.max_model_len - 2 * phases.STEPS)
         within = Range(
@@ -168,26 +164,38 @@ async def _phases(
         await phases.decode(first, within, found, budget)
         budget.begin("mixed")
         await phases.mixed(first, within, found, budget)
-        budget.begin("neighbours")
-        await phases.neighbours(workers.all, within, found, budget)
+        if steps_only:
+            return within
+        if where.neighbours:
+            budget.begin("neighbours")
+            await phases.neighbours(workers.all, within, found, budget)
         budget.begin("pulls")
         await phases.pulls(workers.all, within, found, budget)
+    return within
+
+
+async def _live(options: Options, engine: EngineOptions, within: Range, found: Findings, budget: Budget) -> None:
+    """A server around two such instances."""
     budget.begin("live")
-    if options.live:
+    with tempfile.TemporaryDirectory(prefix="distserve-") as folder:
+        plan = Path(folder) / "plan.toml"
+        plan.write_text(both(options.tp, options.pp).to_toml(), encoding="utf-8")
         try:
-            await phases.live(_serve_arguments(options, engines[0], found, longest), within, found, budget)
+            arguments = _serve_arguments(options, engine, str(plan), found.knee(within.longest_prompt))
+            await phases.live(arguments, within, found, budget)
         except DistserveError as error:
             show.say(f"warning: what a request costs around the engine is not known: {error}")
 
 
-def _serve_arguments(options: Options, engine: EngineOptions, found: Findings, longest: int) -> list[str]:
+def _serve_arguments(options: Options, engine: EngineOptions, plan: str, knee: int) -> list[str]:
     return [
         options.model,
+        *("--plan", plan),
         *("--device", "cpu" if engine.device == "cpu" else "cuda"),
         *("--dtype", options.dtype),
         *("--block-size", str(options.block_size)),
         *("--kv-memory", str(engine.kv_bytes)),
-        *("--max-batch-tokens", str(found.knee(longest))),
+        *("--max-batch-tokens", str(knee)),
         *("--log-level", "warning"),
     ]
 
@@ -203,7 +211,7 @@ def _heading(options: Options, engine: EngineOptions, spec: ModelSpec) -> assemb
         date=datetime.now(UTC).date().isoformat(),
         source="distserve profile",
         model=options.model,
-        degree=str(options.tp) if options.pp == 1 else f"{options.tp}x{options.pp}",
+        degree=show.degree(options.tp, options.pp),
         fingerprint=machine.fingerprint(device),
         versions=f"distserve {version('distserve')}, torch {version('torch')}",
         memory=machine.memory() // len(machine.cores()) if on_cpu else machine.gpu_memory(0),

@@ -53,6 +53,11 @@ def progress(title: str, seconds: float) -> Iterator[Tell]:
         )
 
 
+def degree(tp: int, pp: int) -> str:
+    """As costs files have it."""
+    return str(tp) if pp == 1 else f"{tp}x{pp}"
+
+
 def summary(found: Findings, table: Mapping[str, Any], knee: int, console: Console) -> None:
     """The figures that a person looks for first."""
     (by_degree,) = table["models"].values()
@@ -62,9 +67,10 @@ def summary(found: Findings, table: Mapping[str, Any], knee: int, console: Conso
     rows = [("knee Lm", f"{knee} tokens")]
     rows += [(f"prompt {n}", _ms(found.prompts[n,].seconds)) for n in (128, knee, 2048) if (n,) in found.prompts and n]
     rows += [(f"decode {b} x {c}", _ms(series.seconds)) for (b, c), series in sorted(found.decodes.items()) if c == 256]
-    host = engine["decode_step"]
-    rows.append(("around a step", f"{_ms(host['per_step'])}, and {1e6 * host['per_sequence']:.0f} us a stream"))
-    rows.append(("a request", f"{_ms(engine['request'])} to its first token beside its step"))
+    if found.around.request:
+        host = engine["decode_step"]
+        rows.append(("around a step", f"{_ms(host['per_step'])}, and {1e6 * host['per_sequence']:.0f} us a stream"))
+        rows.append(("a request", f"{_ms(engine['request'])} to its first token beside its step"))
     if "pull_bandwidth" in engine:
         rows.append(("a pull", f"{_ms(engine['pull'])}, and {engine['pull_bandwidth'] / 1e9:.1f} GB/s"))
     for phase in ("prefill", "decode"):
