@@ -220,21 +220,25 @@ static void multiply(const Product *p, const bf16 *x, int64_t stride, int64_t ro
     else multiply_rows(p, OUT_F32, x, stride, row, count, first, last, first_use, ahead);
 }
 
-/* Rows [row, row + rows) of x times units [first, last). */
+/* Rows [row, row + rows) of x times units [first, last). What is left of the rows after the last 32 uses each group of
+ * units right after the others, while it is near: in a pass of its own it would read all weights from memory again. */
 static void multiply_block(const Product *p, const bf16 *x, int64_t stride, int64_t row, int64_t rows, int64_t first,
                            int64_t last) {
-    const int64_t group = MAX(1, CACHED_UNITS / (p->steps * 2048)), whole = rows / 32 * 32, rest = rows - whole;
-    if (whole) configure_product(16, 16);
-    for (int64_t unit = first; unit < last && whole; unit += group) {
+    const int64_t whole = rows / 32 * 32, rest = rows - whole;
+    const int64_t group = whole ? MAX(1, CACHED_UNITS / (p->steps * 2048)) : last - first;
+    for (int64_t unit = first; unit < last; unit += group) {
         const int64_t end = MIN(unit + group, last);
-        Ahead ahead = {(const char *)(p->w->weight + end * p->steps * 1024), CEIL_DIV(32 * 32, whole)};
-        for (int64_t i = 0; i < whole; i += 32)
-            multiply(p, x, stride, row + i, 32, unit, end, whole == 32, &ahead);
-    }
-    if (rest) {
-        Ahead ahead = {NULL, 0};
-        configure_product((int)MIN(rest, 16), (int)MAX(rest - 16, 1));
-        multiply(p, x, stride, row + whole, rest, first, last, whole == 0, &ahead);
+        if (whole) {
+            if (rest || unit == first) configure_product(16, 16);
+            Ahead ahead = {(const char *)(p->w->weight + end * p->steps * 1024), CEIL_DIV(32 * 32, whole)};
+            for (int64_t i = 0; i < whole; i += 32)
+                multiply(p, x, stride, row + i, 32, unit, end, whole == 32, &ahead);
+        }
+        if (rest) {
+            Ahead ahead = {NULL, 0};
+            configure_product((int)MIN(rest, 16), (int)MAX(rest - 16, 1));
+            multiply(p, x, stride, row + whole, rest, unit, end, whole == 0, &ahead);
+        }
     }
 }
 
