@@ -40,7 +40,9 @@ def free_port() -> int:
 
 
 class Server:
-    """A server's process group. Entering waits until /health answers 200; `ready` is how long that took."""
+    """A server's process group, in a session of its own. Entering waits until /health answers 200; `ready` is how long
+    that took. Who starts several at once begins each, looks until all are healthy, and ends them: nothing of this
+    blocks but `stop`."""
 
     def __init__(self, name: str, command: Sequence[str], port: int, env: dict[str, str] | None = None) -> None:
         self.name = name
@@ -52,43 +54,64 @@ class Server:
         self.ready = 0.0
 
     def __enter__(self) -> Server:
-        OUT.mkdir(parents=True, exist_ok=True)
         signal.signal(signal.SIGTERM, _leave)  # a benchmark that is ended takes its servers with it
-        begin = time.perf_counter()
+        self.begin()
+        try:
+            while not self.healthy():
+                self.check()
+                time.sleep(0.05)
+        except BaseException:
+            self.stop()
+            raise
+        self.ready = time.perf_counter() - self._began
+        return self
+
+    def begin(self) -> None:
+        """Starts it and does not wait."""
+        OUT.mkdir(parents=True, exist_ok=True)
+        self._began = time.perf_counter()
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env, start_new_session=True
             )
-        try:
-            while not self._healthy():
-                if self._process.poll() is not None:
-                    tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-                    raise RuntimeError(f"{self.name} ended with status {self._process.returncode}:\n{tail}")
-                if time.perf_counter() - begin > READY:
-                    raise RuntimeError(f"{self.name} was not ready within {READY:.0f} s; see {self.log}")
-                time.sleep(0.05)
-        except BaseException:
-            self._stop()
-            raise
-        self.ready = time.perf_counter() - begin
-        return self
+
+    def check(self) -> None:
+        """While it is not ready. Raises `RuntimeError` where it has ended or takes too long."""
+        if not self.running:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+            raise RuntimeError(f"{self.name} ended with status {self._process.returncode}; see {self.log}:\n{tail}")
+        if time.perf_counter() - self._began > READY:
+            raise RuntimeError(f"{self.name} was not ready within {READY:.0f} s; see {self.log}")
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Of its first process, and the session of all of them."""
+        return self._process.pid
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self.stop()
 
-    def _healthy(self) -> bool:
+    def healthy(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=2) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False
 
-    def _stop(self) -> None:
-        """As an operator would, then by force: nothing of it may disturb the next measurement."""
-        if self._process.poll() is None:
+    def ask_to_end(self) -> None:
+        """As an operator would."""
+        if self.running:
             self._process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """Asks, then uses force: nothing of it may disturb the next measurement."""
+        self.ask_to_end()
         try:
             self._process.wait(40)
         except subprocess.TimeoutExpired:
@@ -145,7 +168,15 @@ def distserve(*arguments: str, model: str = "demo", name: str = "distserve") -> 
     return Server(name, command, port)
 
 
-def vllm(python: str, folder: Path, *, kv_gib: int, cores: str, arguments: Sequence[str] = ()) -> Server:
+def vllm(
+    python: str,
+    folder: Path,
+    *,
+    kv_gib: int,
+    cores: str,
+    arguments: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+) -> Server:
     """vLLM's OpenAI server on its CPU build, compiled (its default)."""
     port = free_port()
     command = [
@@ -169,6 +200,7 @@ def vllm(python: str, folder: Path, *, kv_gib: int, cores: str, arguments: Seque
         *arguments,
     ]
     env = {
+        **(env or {}),
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
         "VLLM_CPU_OMP_THREADS_BIND": cores,

@@ -2,7 +2,8 @@
 `python -m experiments.live_goodput --costs FILE` measures what its record file lacks and writes docs/goodput.md.
 
     cases        lengths of chat, code completion and summarisation, with their targets
-    contenders   who serves: 1 prefill + 1 decode, 2 colocated (whole prompts, chunked), vLLM's CPU build twice
+    contenders   who serves: 1 prefill + 1 decode, 2 colocated (whole prompts, chunked), vLLM twice
+    peers        vLLM's CPU build: two replicas, and its own prefill and decode apart
     measuring    cell after cell into a file, so that it can be stopped and go on
     results      goodput of each from what was measured, and what the planner would have chosen
     figures      attainment against rate and against the scale of the targets

@@ -1,12 +1,11 @@
 """Measures goodput on this machine and writes docs/goodput.md: `python -m experiments.live_goodput --costs FILE`.
 
 Runs that the record file has are not measured again, so it can be stopped and started; `--seconds 0` measures nothing
-and writes the document of what there is."""
+and writes the document of what there is. Status 1: a contender did not start or died; 130: stopped."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from distserve.costs.choose import choose_costs
 from distserve.validate import record as recordings
 from distserve.validate.record import Recording
 from experiments.live_goodput import figures, page
-from experiments.live_goodput.cases import CASES, DURATION
-from experiments.live_goodput.contenders import MODEL, OURS, VLLM
+from experiments.live_goodput.cases import CASES, DURATION, RATES
+from experiments.live_goodput.contenders import ALL, MODEL, OURS
 from experiments.live_goodput.measuring import Asked, measure
 from experiments.live_goodput.results import rows
 
@@ -32,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="of these, with commas")
     parser.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM's CPU build")
     parser.add_argument("--duration", type=float, default=DURATION, help="seconds of arrivals of a cell")
+    parser.add_argument("--rates", type=int, default=RATES, help="so many of each case's, from the middle outwards")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="measure no longer than this")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the document")
     given = parser.parse_args(arguments)
@@ -45,23 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         recording = Recording(given.record, MODEL, machine.fingerprint("cpu"), recordings.versions())
         recording.begin()
+    status = 0
     if given.seconds > 0:
         if recording.machine != machine.fingerprint("cpu"):
             parser.error(f"--record {given.record} was measured on {recording.machine}: name another file")
-        names = (*OURS, VLLM) if given.vllm_python else OURS
+        names = ALL if given.vllm_python else OURS
         cases = [case for case in CASES if case.name in wanted]
-        asked = Asked(cases, names, given.duration, given.seconds, given.vllm_python)
-        try:
-            asyncio.run(measure(asked, costs, recording))
-        except KeyboardInterrupt:
-            print("stopped; what was measured is kept", file=sys.stderr)
+        measuring = measure(
+            Asked(cases, names, given.duration, given.seconds, given.vllm_python, given.rates), costs, recording
+        )
+        status = 130 if measuring.interrupted else 1 if measuring.failures else 0
+    print("asking the planner, writing the document", file=sys.stderr)
     found = [row for case in CASES if (row := rows(case, recording))]
     if found:
         (given.out / "images").mkdir(parents=True, exist_ok=True)
         figures.attainments(found, given.out / "images" / page.IMAGE)
     name = given.record.name if given.record.parent != DATA else f"experiments/data/{given.record.name}"
     (given.out / "goodput.md").write_text(page.text(recording, costs, name), encoding="utf-8")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from distserve.validate.grid import Lengths, rounded
 CONTEXT = 8192  # tokens of the demo model
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # of the targets: Figure 9
 GOAL = 0.9
-DURATION = 60.0  # seconds of arrivals of a cell
+DURATION = 30.0  # seconds of arrivals of a cell
 RATES = 5
 
 

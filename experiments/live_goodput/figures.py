@@ -17,7 +17,7 @@ from experiments.live_goodput.cases import GOAL
 from experiments.live_goodput.contenders import ALL
 from experiments.live_goodput.results import Row
 
-_COLOURS = dict(zip(ALL, ("#0072b2", "#d55e00", "#009e73", "#999999"), strict=True))
+_COLOURS = dict(zip(ALL, ("#0072b2", "#d55e00", "#009e73", "#999999", "#cc79a7"), strict=True))
 
 
 def attainments(cases: Sequence[Sequence[Row]], file: Path) -> None:
@@ -32,11 +32,11 @@ def attainments(cases: Sequence[Sequence[Row]], file: Path) -> None:
             for row in found:
                 style = {"color": _COLOURS[row.contender], "marker": "o", "markersize": 3, "label": row.contender}
                 above.plot(*zip(*row.curve(case.slo), strict=True), **style)
-                if rate is not None:
+                if rate in (run.key.rate for run in row.runs):
                     below.plot(*zip(*row.scales(rate), strict=True), **style)
             above.set_title(f"{case.name} (TTFT {case.slo.ttft:g} s, TPOT {case.slo.tpot:g} s)")
             above.set_xlabel("rate [requests/s]")
-            below.set_xlabel("scale of the targets" + (f", at {rate:g} requests/s" if rate is not None else ""))
+            below.set_xlabel("scale of the targets" + f", at {rate:g} requests/s")
             for panel in (above, below):
                 panel.axhline(GOAL, color="#999999", linewidth=0.8, linestyle="--")
                 panel.set_ylim(-0.02, 1.02)
@@ -47,7 +47,9 @@ def attainments(cases: Sequence[Sequence[Row]], file: Path) -> None:
         save(figure, file)
 
 
-def shared_rate(found: Sequence[Row]) -> float | None:
-    """The middle of the rates at which every contender was measured; None: there is none."""
-    shared = set.intersection(*({run.key.rate for run in row.runs} for row in found))
-    return sorted(shared)[len(shared) // 2] if shared else None
+def shared_rate(found: Sequence[Row]) -> float:
+    """The rate at which most contenders were measured; of several the middle one."""
+    rates = [run.key.rate for row in found for run in row.runs]
+    most = max(map(rates.count, rates))
+    shared = sorted({rate for rate in rates if rates.count(rate) == most})
+    return shared[len(shared) // 2]

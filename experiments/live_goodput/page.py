@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from distserve.costs.base import Costs
 from distserve.metrics import SLO
-from distserve.validate.record import Recording
+from distserve.validate.record import Key, Recording
 from experiments.accuracy.tables import table
 from experiments.live_goodput.cases import CASES, GOAL, SCALES, Case
-from experiments.live_goodput.contenders import ALL, VLLM
-from experiments.live_goodput.results import Row, best, bounds, choice, rows
+from experiments.live_goodput.contenders import ALL
+from experiments.live_goodput.results import NEAR, Row, behind, bounds, choice, ours, pointless, ranked, rows
 
 IMAGE = "goodput-live.svg"
 OPENING = """# Goodput on one machine, measured
@@ -19,9 +19,10 @@ OPENING = """# Goodput on one machine, measured
 
 Does prefill and decode apart beat both together, on real processes and with real tokens? Two cores serve the demo model
 (SmolLM2-135M, bf16), one instance on each: one prefill and one decode instance, or two colocated ones, or two replicas
-of vLLM's CPU build behind a round robin. The same client sends everyone the same requests at the same times, and shares
-the two cores with them. Goodput is the rate up to which {goal:.0%} of all requests meet both targets, read off the
-measured rates; it is that of both cores together.
+of vLLM's CPU build behind a round robin, or vLLM's own prefill and decode apart (NixlConnector). The same client sends
+everyone the same requests at the same times, is what stands between vLLM's two, and shares the two cores with them.
+Goodput is the rate up to which {goal:.0%} of all requests meet both targets, read off the measured rates; it is that of
+both cores together.
 
 Each cell is one run of {duration} s or so of arrivals, of which the first tenth does not count. {runs} runs were
 measured; {spoiled} of them do not count, because other programs used the machine meanwhile or the client was too slow.
@@ -34,13 +35,14 @@ MISSING = """
 
 {missing}
 
-`python -m experiments.live_goodput --costs COSTS --record {record}` goes on where the record ends. vLLM's own
-prefill/decode mode was not measured: on two cores its idle processes spin, and its TTFT is then seconds.
+Rates above one where not even the loosest targets are met by half of the requests are left out: they cannot hold a
+goodput. `python -m experiments.live_goodput --costs COSTS --record {record}` goes on where the record ends.
 """
+CHOICES = (0.75, 1.0, 1.5)  # scales of the targets at which the planner is asked: rates beyond them were not measured
 
 
 def text(recording: Recording, costs: Costs, record: str) -> str:
-    """The document."""
+    """The document. Asks the planner, which takes some seconds a case."""
     measured = [(case, rows(case, recording)) for case in CASES]
     spans = sorted(run.records[-1].arrival for run in recording.runs.values())
     duration = f"{spans[len(spans) // 2]:.0f}" if spans else "-"
@@ -73,7 +75,9 @@ def _case(case: Case, found: Sequence[Row], recording: Recording, costs: Costs) 
             table(["", *(f"{rate:g}/s" for rate in rates), "goodput, requests/s"], by_rate),
             "Goodput with these targets times a scale, requests/s:",
             table(["", *(f"{scale:g}" for scale in SCALES)], by_scale),
-            _chosen(case, found, costs),
+            _best(found, slo),
+            "The planner's choice for two cores, with this machine's costs, beside the best of ours that was measured:",
+            _choices(case, found, costs),
         ]
     )
 
@@ -83,30 +87,72 @@ def _share(row: Row, rate: float, slo: SLO) -> str:
     return f"{100 * shares[rate]:.1f}" if rate in shares else "-"
 
 
-def _chosen(case: Case, found: Sequence[Row], costs: Costs) -> str:
-    chosen, winner = choice(case, costs), best(found, case.slo)
+def _best(found: Sequence[Row], slo: SLO) -> str:
+    order = ranked(found, slo)
+    if not order:
+        return f"Nobody attains {GOAL:.0%} with these targets at the rates that were measured."
+    first, *others = order
+    said = f"The highest goodput: {first.contender} ({bounds(first, slo)} requests/s)"
+    if not others:
+        return f"{said}; no other that was measured attains the goal at any rate."
+    second = others[0]
+    return f"{said}, then {second.contender} ({bounds(second, slo)}{_below(second, first, slo)})."
+
+
+def _below(row: Row, winner: Row, slo: SLO) -> str:
+    share, exact = behind(row, winner, slo)
+    if not exact and share == 0:
+        return ", both beyond the rates"
+    return f", {'' if exact else 'at least '}{share:.0%} less"
+
+
+def _choices(case: Case, found: Sequence[Row], costs: Costs) -> str:
+    titles = ["scale", "the planner's choice", "expected", "measured", "best", "second best", f"within {NEAR:.0%}"]
+    return table(titles, [_judged(case, ours(found), costs, scale) for scale in CHOICES])
+
+
+def _judged(case: Case, found: Sequence[Row], costs: Costs, scale: float) -> list[str]:
+    """A line of the table."""
+    slo, chosen = case.scaled(scale), choice(case, costs, scale)
+    best, second, *_ = [*(f"{row.contender}: {bounds(row, slo)}" for row in ranked(found, slo)), "-", "-"]
+    line = [f"{scale:g}", chosen.contender or "none attains them", "-", "-", best, second]
     if not chosen.contender or chosen.goodput is None:
-        return "The planner says that no deployment on two cores attains these targets."
+        return [*line, "yes" if found and not ranked(found, slo) else "-"]
+    line[2] = f"{chosen.goodput:.2f}"
     mine = next((row for row in found if row.contender == chosen.contender), None)
-    said = f"The planner, with this machine's costs, chooses {chosen.contender} ({chosen.goodput:.2f} requests/s)"
-    if mine is None or winner is None:
-        return f"{said}, which was not measured."
-    if winner is mine:
-        return f"{said}: of ours the best that was measured ({bounds(mine, case.slo)})."
-    better = f"{winner.contender} ({bounds(winner, case.slo)})"
-    return f"{said}, measured {bounds(mine, case.slo)}; the best measured is {better}."
+    if mine is None:
+        return [*line, "not measured"]
+    line[3] = bounds(mine, slo)
+    return [*line, _verdict(mine, ranked(found, slo), slo)]
+
+
+def _verdict(mine: Row, order: Sequence[Row], slo: SLO) -> str:
+    if not order:
+        return "none attains them"
+    share, exact = behind(mine, order[0], slo)
+    if share > NEAR:
+        return f"no, {'' if exact else 'at least '}{share:.0%} less"
+    if mine is order[0]:
+        return "yes, the best"
+    return f"yes, {share:.1%} less" if exact else "the rates do not tell"
 
 
 def _missing(measured: Iterable[tuple[Case, Sequence[Row]]], recording: Recording) -> str:
     lines = []
     for case, found in measured:
-        have = {row.contender: len(row.runs) for row in found}
+        have = {row.contender: {run.key.rate for run in row.runs} for row in found}
         kept = recording.chosen.get(("all", case.workload))
-        wanted = len(kept.rates) if kept is not None else 0
-        lacks = [name for name in ALL if have.get(name, 0) == 0]
-        partly = [f"{name} ({n} of {wanted} rates)" for name, n in have.items() if 0 < n < wanted]
-        if not found:
+        if not found or kept is None:
             lines.append(f"- {case.name}: nothing")
-        elif lacks or partly:
-            lines.append(f"- {case.name}: {', '.join([*lacks, *partly])}")
-    return "\n".join(lines) or f"Nothing: every contender, {VLLM} too, was measured at every rate."
+            continue
+        lacks = []
+        for name in ALL:
+            keys = [Key(name, case.workload, rate, 0, 0) for rate in kept.rates]
+            open_ = [
+                f"{k.rate:g}/s" for k in keys if k.rate not in have.get(name, ()) and not pointless(k, case, recording)
+            ]
+            if open_:
+                lacks.append(f"{name} ({', '.join(open_)})" if name in have else name)
+        if lacks:
+            lines.append(f"- {case.name}: {'; '.join(lacks)}")
+    return "\n".join(lines) or "Nothing: every contender was measured at every rate that says something of it."

@@ -14,9 +14,12 @@ from distserve.plan import Role
 from distserve.planner.answer import Answer, InfeasibleError
 from distserve.planner.api import plan as choose
 from distserve.validate.compare import crossing
-from distserve.validate.record import Measured, Recording
+from distserve.validate.record import Key, Measured, Recording
 from experiments.live_goodput.cases import GOAL, SCALES, Case
-from experiments.live_goodput.contenders import ALL, APART, CHUNKED, MODEL, WHOLE
+from experiments.live_goodput.contenders import ALL, APART, CHUNKED, MODEL, OURS, WHOLE
+
+HALF = 0.5  # attainment below which a higher rate is not worth its time
+NEAR = 0.05  # of the best: where the planner's choice should be
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,45 @@ def bounds(row: Row, slo: SLO) -> str:
     return f"over {curve[-1][0]:g}" if curve[-1][1] >= GOAL else f"below {curve[0][0]:g}"
 
 
-def best(found: Sequence[Row], slo: SLO) -> Row | None:
-    """Of ours, the one with the highest goodput; one that attains the goal at every rate is above any that does not."""
+def place(row: Row, slo: SLO) -> float:
+    """To compare by: the goodput; beyond the rates, infinite above them and 0 below."""
+    goodput = row.goodput(slo)
+    if goodput is not None:
+        return goodput
+    return float("inf") if row.curve(slo)[-1][1] >= GOAL else 0.0
 
-    def place(row: Row) -> float:
-        goodput = row.goodput(slo)
-        if goodput is not None:
-            return goodput
-        curve = row.curve(slo)
-        return float("inf") if curve[-1][1] >= GOAL else 0.0
 
-    ours = [row for row in found if row.contender in (APART, WHOLE, CHUNKED)]
-    return max(ours, key=place, default=None)
+def ranked(found: Sequence[Row], slo: SLO) -> list[Row]:
+    """The one with the highest goodput first; those that attain the goal at no rate that was measured are left out."""
+    return sorted((row for row in found if place(row, slo) > 0), key=lambda row: -place(row, slo))
+
+
+def ours(found: Sequence[Row]) -> list[Row]:
+    return [row for row in found if row.contender in OURS]
+
+
+def behind(mine: Row, winner: Row, slo: SLO) -> tuple[float, bool]:
+    """(by what share of the winner's goodput this one's is lower, whether that is exact): where a goodput lies beyond
+    the rates, the outermost rate stands in its place, and the share is the least that it can be."""
+    if mine is winner:
+        return 0.0, True
+    low, high = place(mine, slo), place(winner, slo)
+    most = low if low > 0 else mine.runs[0].key.rate
+    least = high if high < float("inf") else winner.runs[-1].key.rate
+    return max(0.0, 1.0 - min(most, least) / least), low > 0 and high < float("inf")
+
+
+def pointless(key: Key, case: Case, recording: Recording) -> bool:
+    """Whether a lower rate was measured already where not even the loosest targets are met by half of the requests:
+    what is left above it takes long, and says nothing of the goodput."""
+    loosest = case.scaled(SCALES[-1])
+    return any(
+        (other.plan, other.workload) == (key.plan, key.workload)
+        and other.rate < key.rate
+        and not run.spoiled
+        and joint(run, loosest) < HALF
+        for other, run in recording.runs.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -90,11 +120,11 @@ class Choice:
     goodput: float | None
 
 
-def choice(case: Case, costs: Costs) -> Choice:
+def choice(case: Case, costs: Costs, scale: float = 1.0) -> Choice:
     assert isinstance(costs, ProfileCosts)
     local = Cluster("cpu", 1, 2, costs.device.link_bandwidth)
     try:
-        found = choose(MODEL, local, case.lengths.workload, slo=case.slo, attainment=GOAL, costs=costs)
+        found = choose(MODEL, local, case.lengths.workload, slo=case.scaled(scale), attainment=GOAL, costs=costs)
     except InfeasibleError:
         return Choice("", None)
     assert isinstance(found, Answer)

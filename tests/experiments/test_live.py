@@ -12,7 +12,8 @@ from experiments.accuracy.__main__ import DOCS
 from experiments.live_goodput import page, results
 from experiments.live_goodput.__main__ import main
 from experiments.live_goodput.cases import CASES, GOAL
-from experiments.live_goodput.contenders import APART, CHUNKED, OURS, WHOLE, RoundRobin
+from experiments.live_goodput.contenders import APART, CHUNKED, OURS, WHOLE
+from experiments.live_goodput.peers import RoundRobin
 from tests.bench.standin import serving
 from tests.validate.support import MODEL, load_costs, run_of, write_costs
 
@@ -68,17 +69,26 @@ def test_goodput_is_read_off_the_measured_rates(recording: Recording) -> None:
         assert by_scale == sorted(by_scale)
         assert results.bounds(row, SLO(1e-3, 1e-3)) == "below 1"
         assert results.bounds(row, SLO(1e3, 1e3)) == "over 9"
-    assert results.best(found, SLO(0.5, 0.05)) in found
+    assert results.ranked(found, SLO(0.5, 0.05))[0] in found
 
 
-def test_the_page_says_what_was_measured_and_what_was_not(recording: Recording, tmp_path: Path) -> None:
+def test_the_planner_chooses_one_of_ours(tmp_path: Path) -> None:
+    found = results.choice(CHAT, load_costs(write_costs(tmp_path / "costs.json")), 2.0)
+    assert found.contender in OURS
+    assert found.goodput
+
+
+def test_the_page_says_what_was_measured_and_what_was_not(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "choice", lambda case, costs, scale: results.Choice(WHOLE, 4.0))
     costs = tmp_path / "costs.json"
     arguments = ["--costs", str(costs), "--record", str(recording.path), "--seconds", "0", "--out", str(tmp_path)]
     assert main(arguments) == 0
     text = (tmp_path / "goodput.md").read_text()
     assert "## Chat" in text
     assert "planner" in text
-    assert f"- chat: {CHUNKED}, 2x vLLM" in text
+    assert f"- chat: {CHUNKED}; 2x vLLM" in text
     assert "- code completion: nothing" in text
     assert (tmp_path / "images" / page.IMAGE).read_text().startswith("<?xml")
     again = (tmp_path / "images" / page.IMAGE).read_bytes()
