@@ -31,6 +31,30 @@ def test_too_much_load_grows_and_little_does_not() -> None:
     assert false_alarms <= 4  # chance decides now and then; a search runs longer then
 
 
+@pytest.mark.parametrize(
+    ("number", "load", "least", "most"),
+    [
+        # can be borne (to compare the last third with the first alone gives 0.10, 0.23 and 0.31 of false alarms at 1000)
+        (1000, 0.7, 0.0, 0.06),
+        (1000, 0.9, 0.0, 0.12),
+        (1000, 0.95, 0.0, 0.25),
+        (3000, 0.7, 0.0, 0.04),
+        (3000, 0.9, 0.0, 0.06),
+        (3000, 0.95, 0.0, 0.12),
+        # too much: 5 % of it shows in long runs only
+        (1000, 1.05, 0.6, 1.0),
+        (1000, 1.2, 0.98, 1.0),
+        (3000, 1.05, 0.85, 1.0),
+        (3000, 1.2, 1.0, 1.0),
+    ],
+)
+def test_near_saturation_chance_is_told_from_growth(number: int, load: float, least: float, most: float) -> None:
+    warm = number // 10
+    times = [[record.ttft or 0.0 for record in queue(load, number + warm, seed)[warm:]] for seed in range(60)]
+    said = [steady.grows(values) for values in times]
+    assert least <= sum(said) / len(said) <= most
+
+
 def test_tpot_grows_too() -> None:
     records = [Record(float(i), 1, 3, 0.1, 0.01 * (1 + i / 50)) for i in range(300)]
     assert "TPOT grows from 0.0199 s in the first third of the run to 0.0599 s in the last" in steady.growing(

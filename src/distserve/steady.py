@@ -3,7 +3,7 @@
 At a rate beyond what a system can take, queues grow without end, and the attainment of a run is whatever its length
 makes it. Three signs, each asked with the noise of neighbours that fare alike (batch means, as in `metrics`):
 
-    grows   TTFT or TPOT take longer and longer: from the first to the second to the last third
+    grows   TTFT or TPOT take longer and longer
     falls   the second half of the requests meets its targets clearly less often than the first
     short   the run lasted only a few times as long as a request stays: what it shows is a beginning
 """
@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, variance
+from statistics import fmean, linear_regression
 
 from distserve.metrics import SLO, Record, Targets, proportion_interval
 
 ENOUGH = 3.0  # times that a request stays; a run that lasts less long shows a beginning
 _LEAST = 30  # requests in each part that is compared
 _CLEARLY = 1.25  # the last third's mean over the first's
+_BATCHES = 10
+_SURELY = 2.896  # Student's t, one-sided at 1 %, for ten means about a line (8 degrees of freedom)
 
 
 def growing(records: Sequence[Record], judge: SLO | Targets) -> str:
@@ -63,22 +65,21 @@ def residence(records: Sequence[Record]) -> float | None:
 
 
 def grows(values: Sequence[float]) -> bool:
-    """Whether the last third is larger than the middle one, which is larger than the first, and by more than chance."""
+    """Whether values rise from the first third to the last by a quarter, and more steadily than chance has them rise.
+
+    Chance is what the means of ten consecutive batches stray by from their own straight line: neighbours in a queue
+    fare alike, and near saturation hundreds of them do, so that thirds differ widely where nothing grows. The slope of
+    that line is held against it (least squares on batch means, as in `metrics`).
+    """
     third = len(values) // 3
-    if third < _LEAST:
+    if third < _LEAST or fmean(values[-third:]) < _CLEARLY * fmean(values[:third]):
         return False
-    parts = [values[i * third : (i + 1) * third] for i in range(3)]
-    first, middle, last = map(fmean, parts)
-    if not first < middle < last or last < _CLEARLY * first:
-        return False
-    return last - first > 2 * math.sqrt(_noise(parts[0]) + _noise(parts[2]))
-
-
-def _noise(values: Sequence[float]) -> float:
-    """The variance of the mean, of values whose neighbours resemble each other."""
-    size = max(1, math.isqrt(len(values)))
-    batches = [fmean(values[i : i + size]) for i in range(0, len(values) - size + 1, size)]
-    return variance(batches) / len(batches)
+    size = len(values) // _BATCHES
+    means = [fmean(values[i * size : (i + 1) * size]) for i in range(_BATCHES)]
+    slope, start = linear_regression(range(_BATCHES), means)
+    strays = sum((mean - start - slope * i) ** 2 for i, mean in enumerate(means))
+    spread = (_BATCHES**3 - _BATCHES) / 12  # of 0, 1, 2, ...: the sum of squares about their mean
+    return slope > _SURELY * math.sqrt(strays / (_BATCHES - 2) / spread)
 
 
 def falls(met: Sequence[bool]) -> bool:
