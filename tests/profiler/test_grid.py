@@ -28,7 +28,7 @@ def test_every_point_fits_and_both_ends_are_there(within: Range, knee: int) -> N
         return -(-tokens // within.block_size)
 
     for lengths in prompts:
-        assert grid.SHORTEST <= max(lengths) <= within.longest_prompt
+        assert grid.SHORTEST // 2 <= max(lengths) <= within.longest_prompt
         assert sum(map(held, lengths)) <= blocks
         assert len(lengths) == 1 or sum(lengths) <= 2 * knee
     assert (min(within.longest_prompt, within.room(1)),) in prompts

@@ -38,9 +38,8 @@ def budget(seconds: float = 60.0) -> Budget:
 
 async def engine_phases(device: Direct, found: Findings, within: Range = WITHIN) -> None:
     limit = budget()
-    for name, phase in (("prefill", phases.prefill), ("decode", phases.decode), ("mixed", phases.mixed)):
-        limit.begin(name)
-        await phase(device, within, found, limit)  # type: ignore[arg-type]  # answers as a Remote does
+    limit.begin("steps")
+    await phases.steps(device, within, found, limit)  # type: ignore[arg-type]  # answers as a Remote does
 
 
 def test_a_known_latency_is_found() -> None:

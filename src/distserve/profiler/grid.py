@@ -3,6 +3,8 @@ in, points out.
 
 Prompts: lengths alone up to the longest, and equal ones together up to twice the knee, for longer batches are not made.
 Decoding: batches up to the largest, at short, middle and long contexts, as far as the KV reaches.
+
+Kernels like numbers of rows that are round; prompts are as long as they are. So among the numbers are odd ones.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ Mixture = tuple[int, int, int, int]  # tokens computed already, to compute; and 
 Point = TypeVar("Point", Lengths, Cell)
 
 SHORTEST = 16  # tokens of the shortest prompt and context that are timed
-BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)
-CONTEXTS = (32, 256, 1024, 4096)
+BATCHES = (1, 4, 8, 16, 32, 36, 64, 128, 256)
+CONTEXTS = (32, 128, 400, 1100, 4096)
+ODD = (24, 45, 90, 181, 362, 724, 1448)  # tokens, half way between `knee.SIZES` in proportion
+_SHORTER = 0.9  # than equal parts of a round number are prompts together
 TOGETHER = (2, 4, 8, 16)  # equal prompts in a step
 _CLOSE = 1.3  # no point between two that are so near: times
 
@@ -45,11 +49,12 @@ class Range:
 def prompts(within: Range, knee: int) -> list[Lengths]:
     """The coarse grid of prompts."""
     longest = min(within.longest_prompt, within.room(1))
-    alone = sorted({n for n in (SHORTEST, *SIZES) if n < longest} | {longest})
+    alone = sorted({n for n in (SHORTEST, *SIZES, *ODD) if n < longest} | {longest})
     found: list[Lengths] = [(n,) for n in alone]
     for number in TOGETHER:
         most = min(longest, within.room(number))
-        lengths = [n for total in SIZES if total <= 2 * knee and SHORTEST <= (n := total // number) <= most]
+        equal = [round(_SHORTER * total / number) for total in SIZES if total <= 2 * knee]
+        lengths = [n for n in equal if SHORTEST // 2 <= n <= most]
         if len(lengths) >= FEWEST:  # else what is between and beyond them would be a guess
             found += [(n,) * number for n in lengths]
     return found

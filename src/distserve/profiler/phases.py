@@ -1,8 +1,8 @@
 """The phases of a profile, one after the other: which steps are timed, how closely, and in which order. Knows workers
 and numbers, no file and no display.
 
-    prefill, decode     a coarse grid, settled; then closer where a point is predicted worst by the others, until the
-                        fit is good or the phase's time is over
+    steps               with prompts, that decode, and mixed: a coarse grid, settled; then closer where a point is
+                        predicted worst by the others, until the fit is good or the phase's time is over
     neighbours          a phase's steps while the worker beside it is idle and while it computes, in turns
     pulls               KV from one worker to the other
     live                the server around the engine (`live.py`)
@@ -11,9 +11,11 @@ and numbers, no file and no display.
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from distserve.bench.client import Client
 from distserve.costs import fit
@@ -24,7 +26,7 @@ from distserve.profiler.grid import Cell, Lengths, Mixture, Range
 from distserve.profiler.live import Around, Probe, Server
 from distserve.profiler.messages import Chunks, Decodes, Prompts, Publish, Published, Pull, Took, Work
 from distserve.profiler.series import Series
-from distserve.profiler.survey import Survey
+from distserve.profiler.survey import Survey, settle
 from distserve.profiler.workers import Remote
 
 STEPS, FEWEST_STEPS = 4, 2  # of a visit
@@ -32,10 +34,8 @@ VISIT = 0.12  # seconds of a visit, if steps are short: rather many visits than 
 DOUBTS = 3  # more visits to a point that the others contradict
 GOOD_MEAN, GOOD_WORST = 0.02, 0.06  # left-out errors of a fit that needs no more points
 SHARES = {
-    "prefill": 0.24,
-    "decode": 0.28,
-    "mixed": 0.08,
-    "neighbours": 0.14,
+    "steps": 0.62,
+    "neighbours": 0.12,
     "pulls": 0.02,
     "live": 0.24,
 }  # of the time
@@ -51,6 +51,7 @@ class Findings:
     prompts: dict[Lengths, Series] = field(default_factory=dict)
     decodes: dict[Cell, Series] = field(default_factory=dict)
     contexts: dict[Cell, float] = field(default_factory=dict)  # summed over the batch
+    surveys: tuple[Survey[Lengths], Survey[Cell], Survey[Mixture]] | None = None  # that found them
     mixed: dict[Mixture, Series] = field(default_factory=dict)
     quiet: dict[str, Series] = field(default_factory=dict)  # by phase
     beside: dict[tuple[str, str], Series] = field(default_factory=dict)  # (phase, the neighbour's)
@@ -106,71 +107,74 @@ class Budget:
         self._tell(self.phase, rest + self._seconds * sum(self._left.values()))
 
 
-async def prefill(worker: Remote, within: Range, found: Findings, budget: Budget) -> None:
-    async def visit(lengths: Lengths) -> Sequence[float]:
-        found = (await worker.ask(Prompts(list(lengths)), Took)).seconds
-        while sum(found) < VISIT and len(found) < STEPS:
-            found += (await worker.ask(Prompts(list(lengths)), Took)).seconds
-        return found
+async def steps(worker: Remote, within: Range, found: Findings, budget: Budget) -> None:
+    """Of every kind, in one survey after the other's turn: prompts, sequences that decode, and pieces of prompts beside
+    sequences that decode, as a colocated instance with chunked prompts computes them."""
+    prompts, decodes, mixtures = _surveys(worker, found)
+    every = (prompts, decodes, mixtures)
+    rounds = partial(settle, every, over=budget.over, tick=budget.tick, chance=random.Random(1))
+    prompts.ask([(n,) for n in SIZES if n <= within.longest_prompt])
+    decodes.ask(grid.decodes(within))
+    await rounds()
+    lm = found.knee(within.longest_prompt)
+    prompts.ask(grid.prompts(within, lm))
+    mixtures.ask(grid.mixed(within, lm))
+    await rounds()
+    doubted: set[Hashable] = set()
+    while not budget.over():
+        _closer(prompts, fit.prefill_unseen(found.prompt_points), grid.closer_prompts, doubted)
+        _closer(decodes, fit.decode_unseen(found.decode_points), grid.closer_decodes, doubted)
+        if not any(survey.waiting for survey in every):
+            return
+        await rounds()
 
-    survey = Survey(visit, over=budget.over, tick=budget.tick, seed=1)
-    found.prompts = survey.series
-    await survey.settle([(n,) for n in (grid.SHORTEST, *SIZES) if n <= within.longest_prompt])
-    await survey.settle(grid.prompts(within, found.knee(within.longest_prompt)))
-    await _closer(survey, lambda: fit.prefill_unseen(found.prompt_points), grid.closer_prompts, budget)
 
+def _surveys(worker: Remote, found: Findings) -> tuple[Survey[Lengths], Survey[Cell], Survey[Mixture]]:
+    """What they find is in `found`."""
 
-async def decode(worker: Remote, within: Range, found: Findings, budget: Budget) -> None:
-    async def visit(cell: Cell) -> Sequence[float]:
-        known = survey.series.get(cell)
-        steps = STEPS if known is None else max(FEWEST_STEPS, min(STEPS, round(VISIT / known.seconds)))
-        took = await worker.ask(Decodes(*cell, steps), Took)
+    async def prompts(lengths: Lengths) -> Sequence[float]:
+        took = (await worker.ask(Prompts(list(lengths)), Took)).seconds
+        while sum(took) < VISIT and len(took) < STEPS:
+            took += (await worker.ask(Prompts(list(lengths)), Took)).seconds
+        return took
+
+    async def decodes(cell: Cell) -> Sequence[float]:
+        known = found.decodes.get(cell)
+        number = STEPS if known is None else max(FEWEST_STEPS, min(STEPS, round(VISIT / known.seconds)))
+        took = await worker.ask(Decodes(*cell, number), Took)
         found.contexts.setdefault(cell, took.context)
         return took.seconds
 
-    survey: Survey[Cell] = Survey(visit, over=budget.over, tick=budget.tick, seed=2)
-    found.decodes = survey.series
-    await survey.settle(grid.decodes(within))
-    await _closer(survey, lambda: fit.decode_unseen(found.decode_points), grid.closer_decodes, budget)
-
-
-async def _closer(
-    survey: Survey[grid.Point],
-    unseen: Callable[[], list[float]],
-    choose: Callable[[Mapping[grid.Point, float]], list[grid.Point]],
-    budget: Budget,
-) -> None:
-    """More looks at points that the others contradict, then more points where the curve bends."""
-    doubted: set[grid.Point] = set()
-    while not budget.over():
-        errors = dict(zip(sorted(survey.series), map(abs, unseen()), strict=False))
-        if not errors or (sum(errors.values()) / len(errors) <= GOOD_MEAN and max(errors.values()) <= GOOD_WORST):
-            return
-        doubtful = {point for point, error in errors.items() if error > GOOD_WORST} - doubted
-        if doubtful:
-            doubted |= doubtful
-            await survey.again(sorted(doubtful), DOUBTS)
-            continue
-        more: list[grid.Point] = []
-        while errors and not more:
-            more = [point for point in choose(errors) if point not in survey.series]
-            errors.pop(max(errors, key=lambda point: errors[point]))
-        if not more:
-            return
-        await survey.settle(more)
-
-
-async def mixed(worker: Remote, within: Range, found: Findings, budget: Budget) -> None:
-    """Steps of a colocated instance with chunked prompts: pieces up to the knee beside sequences that decode."""
-    lm = found.knee(within.longest_prompt)
-
-    async def visit(cell: Mixture) -> Sequence[float]:
-        computed, new, batch, context = cell
+    async def mixed(mixture: Mixture) -> Sequence[float]:
+        computed, new, batch, context = mixture
         return (await worker.ask(Chunks([(computed, new)], batch, context), Took)).seconds
 
-    survey = Survey(visit, over=budget.over, tick=budget.tick, seed=3)
-    found.mixed = survey.series
-    await survey.settle(grid.mixed(within, lm))
+    surveys = Survey(prompts), Survey(decodes), Survey(mixed)
+    found.prompts, found.decodes, found.mixed = (survey.series for survey in surveys)  # type: ignore[assignment]
+    found.surveys = surveys
+    return surveys
+
+
+def _closer(
+    survey: Survey[grid.Point],
+    unseen: Sequence[float],
+    choose: Callable[[Mapping[grid.Point, float]], list[grid.Point]],
+    doubted: set[Hashable],
+) -> None:
+    """Asks for more looks at points that the others contradict, then for more points where the curve bends."""
+    errors = dict(zip(sorted(survey.series), map(abs, unseen), strict=False))
+    if not errors or (sum(errors.values()) / len(errors) <= GOOD_MEAN and max(errors.values()) <= GOOD_WORST):
+        return
+    doubtful = {point for point, error in errors.items() if error > GOOD_WORST} - doubted
+    if doubtful:
+        doubted |= doubtful
+        survey.doubt(doubtful, DOUBTS)
+        return
+    more: list[grid.Point] = []
+    while errors and not more:
+        more = [point for point in choose(errors) if point not in survey.series]
+        errors.pop(max(errors, key=lambda point: errors[point]))
+    survey.ask(more)
 
 
 async def neighbours(workers: Sequence[Remote], within: Range, found: Findings, budget: Budget) -> None:

@@ -158,12 +158,8 @@ async def _engine(options: Options, where: Places, steps_only: bool, found: Find
             largest_batch=LARGEST_BATCH,
             block_size=first.ready.block_size,
         )
-        budget.begin("prefill")
-        await phases.prefill(first, within, found, budget)
-        budget.begin("decode")
-        await phases.decode(first, within, found, budget)
-        budget.begin("mixed")
-        await phases.mixed(first, within, found, budget)
+        budget.begin("steps")
+        await phases.steps(first, within, found, budget)
         if steps_only:
             return within
         if where.neighbours:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from statistics import median
 
-ENOUGH = 4  # values before anything is believed
+ENOUGH = 4  # values, unless somebody doubts them
 NEAR = 1.15  # times the lower quartile: values above are guests'
 STEADY = 0.025  # standard error of the median, relative, at which no more is needed
 
@@ -23,6 +23,7 @@ class Series:
     """Seconds of the same work at different times."""
 
     values: list[float] = field(default_factory=list)
+    wanted: int = ENOUGH  # values before anything is believed
 
     @property
     def typical(self) -> list[float]:
@@ -49,6 +50,6 @@ class Series:
     @property
     def settled(self) -> bool:
         """Enough values, most of them near each other."""
-        if len(self.values) < ENOUGH or 2 * self.outliers > len(self.values):
+        if len(self.values) < self.wanted or 2 * self.outliers > len(self.values):
             return False
         return self.error <= STEADY

@@ -15,9 +15,7 @@ from distserve.profiler.phases import Findings
 
 WORDS = {
     "loading": "loading the model",
-    "prefill": "timing prompts",
-    "decode": "timing decode steps",
-    "mixed": "timing mixed steps",
+    "steps": "timing steps",
     "neighbours": "timing steps beside a neighbour's",
     "pulls": "timing KV pulls",
     "live": "asking a live server",
