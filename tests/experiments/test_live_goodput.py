@@ -188,6 +188,7 @@ def test_ours_go_case_by_case_and_theirs_stay_up(
         (VLLM_APART, ""),
     ]
     assert len(cells) == 5 * 2 * 2
+    assert [key.rate for key in cells if (key.plan, key.workload) == (VLLM_APART, CHAT.workload)] == [4.0, 8.0]
     assert set(who) == {(key.plan, key.workload) for key in cells}
     assert from_the_middle((1, 2, 3, 4, 5)) == [3, 2, 4, 1, 5]
 
@@ -207,8 +208,10 @@ def row(name: str, *shares: float, tpot: float = 1e-3) -> Row:
 def test_the_second_best_is_named_with_how_far_it_is_behind() -> None:
     found = [row(APART, 1.0, 0.8), row(WHOLE, 1.0, 0.9, 0.8), row(CHUNKED, 0.5, 0.4)]
     assert [each.contender for each in results.ranked(found, CHAT.slo)] == [WHOLE, APART]
-    assert results.behind(found[0], found[1], CHAT.slo) == (pytest.approx(0.25), True)
-    assert results.behind(found[2], found[1], CHAT.slo) == (pytest.approx(0.5), False)
+    for mine, expected, sure in ((found[0], 0.25, True), (found[2], 0.5, False)):
+        share, exact = results.behind(mine, found[1], CHAT.slo)
+        assert share == pytest.approx(expected)
+        assert exact is sure
     said = page._best(found, CHAT.slo)
     assert said == f"The highest goodput: {WHOLE} (2.00 requests/s), then {APART} (1.50, 25% less)."
 
