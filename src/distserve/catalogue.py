@@ -23,7 +23,7 @@ def model_spec(name: str) -> ModelSpec:
     scaling, no matter of shape, is left out). Raises `ModelError`."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return ModelSpec.from_config(read_json(path / "config.json"))
     if path.suffix == ".gguf":
         head = read_head(path)
         return ModelSpec.from_gguf(head.metadata, {name: entry.shape for name, entry in head.tensors.items()})
@@ -68,14 +68,14 @@ def _configs() -> dict[str, dict[str, Any]]:
     return models | {alias: models[name] for alias, name in table["aliases"].items()}
 
 
-def _folder(path: Path) -> ModelSpec:
-    file = path / "config.json"
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file of a model's folder. Raises `ModelError`."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"cannot read {file}: {error.strerror}; name a folder with a config.json") from None
+        raise ModelError(f"cannot read {file}: {error.strerror}; name a folder with a config.json") from error
     except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
         raise ModelError(f"{file} holds no JSON object; fetch it again")
-    return ModelSpec.from_config(config)
+    return found
