@@ -130,7 +130,8 @@ def plans(draw: st.DrawFn) -> Plan:
     roles = [Role.PREFILL, Role.DECODE] * draw(st.integers(0, 2))
     roles += [Role.COLOCATED] * draw(st.integers(0 if roles else 1, 2))
     model = draw(st.none() | st.text(min_size=1).filter(lambda text: text.encode("utf-8", "ignore").decode() == text))
-    return Plan(tuple(spec(role) for role in draw(st.permutations(roles))), model, draw(st.sampled_from([None, "cpu"])))
+    specs = tuple(spec(role) for role in draw(st.permutations(roles)))
+    return Plan(specs, model, draw(st.sampled_from([None, "cpu"])), draw(st.sampled_from([None, "4x A100, 80 GiB"])))
 
 
 @given(plans())

@@ -143,10 +143,11 @@ class Plan:
     instances: tuple[InstanceSpec, ...]
     model: str | None = None  # folder, .gguf, hub id or alias; None: named on the command line
     device: str | None = None  # "cpu", "cuda" or a name of the device catalogue; None: what the machine has
+    machine: str | None = None  # fingerprint of the one that its costs were measured on; None: of none in particular
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "instances", tuple(self.instances))
-        for key in ("model", "device"):
+        for key in ("model", "device", "machine"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value):
                 raise PlanError(f"{key} = {value!r}: must be a non-empty string, or left out")
@@ -202,7 +203,8 @@ class Plan:
 
     def to_toml(self) -> str:
         """The plan as a file; what stands at its default is left out. `from_toml` gives an equal plan back."""
-        lines = [f"{key} = {_toml(value)}" for key in ("model", "device") if (value := getattr(self, key)) is not None]
+        keys = ("model", "device", "machine")
+        lines = [f"{key} = {_toml(value)}" for key in keys if (value := getattr(self, key)) is not None]
         for spec in self.instances:
             lines += ["", "[[instances]]"] if lines else ["[[instances]]"]
             always = ("role", "tp", "pp", "count")

@@ -55,6 +55,7 @@ def test_a_person_gets_a_table_and_a_plan_that_loads(told: Told) -> None:
     assert chosen.model == "facebook/opt-13b"
     assert chosen.device == "a100-80g"
     assert all(replica.devices for replica in chosen.replicas())
+    assert chosen.machine is None  # shipped costs are of no machine in particular
 
 
 def test_a_program_gets_json(told: Told) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from distserve import machine
@@ -99,6 +101,15 @@ def test_ranks_have_cores_of_their_own_while_there_are_enough(caplog: pytest.Log
     assert [prefill.engine.of_rank(rank).cores for rank in (0, 1)] == [(0, 1), (2,)]
     assert (prefill.engine.kv_bytes, decode.engine.kv_bytes) == (machine.DEFAULT_KV // 2, machine.DEFAULT_KV)
     assert not caplog.records
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_a_plan_that_was_chosen_by_another_machines_costs_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    configs(ServeOptions(), replace(default_plan(), machine=machine.fingerprint("cpu")))
+    assert not caplog.records
+    configs(ServeOptions(), replace(default_plan(), machine="64 cores of a kind, 512 GiB"))
+    assert "another machine (64 cores of a kind, 512 GiB)" in caplog.text
+    assert "distserve profile" in caplog.text
 
 
 @pytest.mark.usefixtures("four_cores")

@@ -36,3 +36,8 @@ def choose_costs(model: str, device: str | None, costs: str | Path | None = None
         if profile.device == kind.name and model.lower() in known:
             return profile.costs(model, spec=spec)
     return EstimatedCosts(spec, kind)
+
+
+def measured_on(costs: str | Path | None) -> str | None:
+    """Fingerprint of the machine that these costs were measured on; None: they are of none in particular."""
+    return (Profile.load(costs).contents.machine.fingerprint or None) if costs is not None else None

@@ -7,7 +7,6 @@ model before anybody waits for it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from distserve.catalogue import read_json
 from distserve.engine.gguf_file import GGUFFile
 from distserve.errors import ModelError
 from distserve.specs import ModelSpec
@@ -52,6 +52,11 @@ def resolve(model: str) -> Path:
     return _snapshot(model)
 
 
+def same(one: str, other: str) -> bool:
+    """Whether two names are of one model, as far as names tell."""
+    return ALIASES.get(one.lower(), one) == ALIASES.get(other.lower(), other)
+
+
 def read_spec(path: Path) -> ModelSpec:
     """What the checkpoint at `path` (from `resolve`) is. Raises `ModelError`, also where no module computes it."""
     if path.is_file():
@@ -59,9 +64,9 @@ def read_spec(path: Path) -> ModelSpec:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         return ModelSpec.from_gguf(file.metadata, shapes, file.vector("rope_freqs.weight"))
     generation = path / "generation_config.json"
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     _refuse(config)
-    spec = ModelSpec.from_config(config, _read_json(generation) if generation.exists() else None)
+    spec = ModelSpec.from_config(config, read_json(generation) if generation.exists() else None)
     if spec.family not in (served := _served()):
         raise ModelError(
             f"models of the family {spec.family!r} can be planned, but not served yet; served: {', '.join(served)}"
@@ -92,22 +97,10 @@ def sampling_defaults(path: Path) -> dict[str, float]:
     generation = path / "generation_config.json"
     if not path.is_dir() or not generation.exists():
         return {}
-    config = _read_json(generation)
+    config = read_json(generation)
     known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     found = {key: config[key] for key in known if isinstance(config.get(key), int | float)}
     return {} if config.get("do_sample") is False else found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds no JSON object; fetch it again")
-    return config
 
 
 def _folder(path: Path) -> Path:

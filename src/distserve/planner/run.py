@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.console import Console
 from distserve import compiled, plots
 from distserve.catalogue import model_spec
 from distserve.cluster import LOCAL, Cluster
-from distserve.costs.choose import choose_costs
+from distserve.costs.choose import choose_costs, measured_on
 from distserve.errors import UsageError
 from distserve.metrics import Targets
 from distserve.outputs import check_writable, write_json, write_text
@@ -85,7 +85,7 @@ def _write(options: Options, answer: Answer | Dedicated, answers: dict[str, Answ
     for app, each in answers.items():
         if options.out is not None:
             file = _named(options.out, app)
-            write_text(file, each.plan.to_toml())
+            write_text(file, replace(each.plan, machine=measured_on(options.costs)).to_toml())
             show.say(f"wrote {file}")
         if options.plot is not None:
             file = _named(options.plot, app)

@@ -35,6 +35,13 @@ def starts(options: ServeOptions, plan: Plan, model: str, spec: ModelSpec) -> li
             f"{spec.max_model_len}"
         )
     on_cpu = device == "cpu"
+    if plan.machine is not None and plan.machine != (here := machine.fingerprint(device)):
+        log.warning(
+            "the plan was chosen by what steps cost on another machine (%s) than this one (%s): measure here "
+            "(distserve profile) and plan again",
+            plan.machine,
+            here,
+        )
     numbers = machine.cores() if on_cpu else list(range(machine.gpus()))
     placement = place(plan, numbers, share=True, crowd=on_cpu, spread=on_cpu)
     for warning in placement.warnings:

@@ -76,6 +76,12 @@ def serve(options: ServeOptions) -> int:
         from distserve.transfer.agent import require
 
         require()
+    if plan.machine is not None and plan.model is not None and not hub.same(model, plan.model):
+        log.warning(
+            "the plan was chosen by what steps of %s cost: unless %s is of the same shape, plan again for it",
+            plan.model,
+            model,
+        )
     with bind(options.host, options.port) as listener:
         path = hub.resolve(DEMO_MODEL if is_fake(model) else model)
         spec = hub.read_spec(path)
