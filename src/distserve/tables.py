@@ -14,9 +14,9 @@ def show_report(report: Report, title: str, goal: float | None, console: Console
     attained, interval = report.attainment.joint, report.interval.joint
     sure = f"{report.interval.level:.0%} sure: {interval[0]:.1%} to {interval[1]:.1%}"
     verdict = "" if goal is None else f"; goal {goal:.0%} {'met' if attained >= goal else 'missed'}"
-    rate = "-" if report.rate is None else f"{report.rate:.3g} requests/s"
-    each = "" if report.rate_per_device is None else f", {report.rate_per_device:.3g} per device"
-    done = {name: f"{value:.3g}" if value < 10 else f"{value:.0f}" for name, value in report.throughput.items()}
+    rate = "-" if report.rate is None else f"{rounded(report.rate)} requests/s"
+    each = "" if report.rate_per_device is None else f", {rounded(report.rate_per_device)} per device"
+    done = {name: rounded(value) if value < 10 else f"{value:.0f}" for name, value in report.throughput.items()}
     tokens = f"{done['prompt_tokens']} prompt tokens/s, {done['output_tokens']} answer tokens/s"
     for name, text in (
         ("requests", _requests(report)),
@@ -52,6 +52,11 @@ def latency_row(table: Table, name: str, summary: Summary, target: float | None,
 
 def _app(name: str, attainment: Attainment) -> tuple[str, ...]:
     return (f"app {name}", "", "", "", "", "", f"{attainment.joint:.1%}")
+
+
+def rounded(value: float) -> str:
+    """A number a person reads: three digits, and no exponent where it is large."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def milliseconds(value: float | None) -> str:

@@ -34,6 +34,7 @@ class Behaviour:
     tokenize: bool = True
     context: int | None = 4096
     key: str | None = None
+    ready: bool = True  # as /health says
     short: int = 0  # tokens fewer than asked for
     hold: threading.Event = field(default_factory=threading.Event)  # when `held`, nothing is answered before it is set
     held: bool = False
@@ -62,10 +63,14 @@ class StandIn:
     def app(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
         return app
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.behaviour.ready else 503)
 
     async def _models(self, request: web.Request) -> web.Response:
         if self.behaviour.key is not None and request.headers.get("Authorization") != f"Bearer {self.behaviour.key}":

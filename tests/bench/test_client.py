@@ -93,7 +93,7 @@ async def test_one_token_has_no_tpot(server: StandIn) -> None:
         ({"status": 500}, "server_error", "HTTP 500"),
         ({"error_after": 2}, "server_error", "instance gone"),
         ({"error_after": 0}, "server_error", "instance gone"),
-        ({"break_after": 2}, "disconnected", ""),
+        ({"break_after": 2}, "disconnected", "the connection broke in the middle of the answer"),
         ({"empty": True}, "disconnected", "without a token"),
         ({"held": True}, "timeout", "within 0.3 s"),
     ],

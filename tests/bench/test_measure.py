@@ -129,6 +129,16 @@ def test_queues_that_grow_and_runs_that_are_short_are_said() -> None:
     assert told(Run(400, results(ttft=30.0), cpu=1.0, seconds=60.0), rate=None).unsteady == ""  # a replay is what it is
 
 
+def test_a_server_that_went_away_has_no_queues_to_judge() -> None:
+    found = results()
+    for i in range(200, 400):
+        found[i] = Result(record(found[i].asked, status="unreachable"), 0.2, 0.0, found[i].asked, "Connection refused")
+    outcome = told(Run(400, found, cpu=1.0, seconds=60.0))
+    assert outcome.warnings[0] == "200 requests unreachable, the first: Connection refused"
+    assert not any("queues still grow" in warning or "too short" in warning for warning in outcome.warnings)
+    assert outcome.unsteady == "the server was not there for 200 of the requests that count"
+
+
 def test_the_clients_own_limit_is_not_the_servers_fault() -> None:
     found = results()
     request = found[0].asked

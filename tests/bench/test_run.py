@@ -262,7 +262,7 @@ def test_ctrl_c_in_a_sweep_keeps_what_it_has(server: StandIn, tmp_path: Path) ->
     report = json.loads(out.read_text())
     assert report["interrupted"]
     assert report["runs"][0]["requests"] == 20
-    assert "goodput at 90%: 1e+03 requests/s" in shown
+    assert "goodput at 90%: 1000 requests/s" in shown
 
 
 def test_ctrl_c_before_anything_is_quiet(server: StandIn, workload: Path) -> None:

@@ -43,6 +43,13 @@ async def test_look_asks_for_the_key(standin: StandIn) -> None:
         assert (await servers.look(connected, None)).model == "stand-in"
 
 
+async def test_a_server_that_still_loads_is_not_measured(standin: StandIn) -> None:
+    standin.behaviour.ready = False
+    async with client(standin) as connected:
+        with pytest.raises(NoServerError, match="not ready"):
+            await servers.look(connected, None)
+
+
 async def test_no_server() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

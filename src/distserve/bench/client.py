@@ -136,6 +136,8 @@ def _status(code: int) -> str:
 
 def reason(error: Exception) -> str:
     """What a failed connection met, in the system's words."""
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the connection broke in the middle of the answer"
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
         return os.strerror(cause.errno)

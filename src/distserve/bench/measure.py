@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distserve import metrics, steady
-from distserve.bench.client import CLIENT_LIMIT, UNFINISHED, Result, clock
+from distserve.bench.client import CLIENT_LIMIT, UNFINISHED, UNREACHABLE, Result, clock
 from distserve.bench.load import Load, Prepare, Run, Send, lateness, sent_share
 from distserve.bench.stream import Answer
 from distserve.metrics import SLO, Record, Report
+from distserve.tables import rounded
 from distserve.workload import Workload
 
 # The client itself spoils the figures from so late on at p99: seconds, and share of the median TTFT.
@@ -163,15 +164,17 @@ def told(measure: Measure, devices: int | None, notes: Sequence[str], exact_leng
         seed=offer.seed,
     )
     counted = [record for record in records if record.arrival - records[0].arrival >= warmup]
-    growing = steady.growing(counted, slo)
+    away = sum(record.status == UNREACHABLE for record in counted)
+    growing = "" if away else steady.growing(counted, slo)  # what was away has no queues to judge
     # a run that was stopped is short for another reason
     whole = not run.dropped and (offer.until is None or len(records) == offer.until.requests)
-    unsteady = growing or (steady.short(counted) if whole and offer.workload.rate is not None else "")
+    gone = f"the server was not there for {away} of the requests that count" if away else ""
+    unsteady = gone or growing or (steady.short(counted) if whole and offer.workload.rate is not None else "")
     if growing and offer.until is None:  # a search runs longer by itself
         warnings.append(
             f"queues still grow: {growing}; there may be no steady state at this rate, a longer run (-n) tells"
         )
-    elif unsteady and not growing:
+    elif unsteady and not growing and not gone:  # that is a failure, and told as one
         warnings.append(f"too short to settle: {unsteady}; offer more (-n)")
     bottleneck = "; ".join(_bottleneck(run, offer.workload.rate))
     if bottleneck:
@@ -231,7 +234,7 @@ def _bottleneck(run: Run, rate: float | None) -> Iterator[str]:
     share = sent_share(run)
     if share < _KEPT_UP:
         asked = f"{rate:g} requests/s" if rate is not None else "requests"
-        sent = f"{rate * share:.3g}/s" if rate is not None else f"them at {share:.0%} of their rate"
+        sent = f"{rounded(rate * share)}/s" if rate is not None else f"them at {share:.0%} of their rate"
         yield f"asked to offer {asked}, it sent {sent}"
     if max(late, lag) > max(_LATE, _LATE_SHARE * metrics.quantile(waits, 0.5) if waits else 0.0):
         yield (

@@ -10,6 +10,7 @@ from typing import Any
 from distserve import plots
 from distserve.bench.client import Result
 from distserve.bench.measure import Outcome
+from distserve.tables import rounded
 
 _CURVES = 8  # runs of a sweep whose latencies are drawn; more lines than that tell nothing
 
@@ -23,7 +24,7 @@ def draw(outcomes: Sequence[Outcome], goal: float, goodput: float | None, title:
         _attainment(axes.pop(0), outcomes, goal, goodput)
     shown = _spread(sorted(outcomes, key=lambda outcome: outcome.report.rate or 0.0))
     slo = shown[0].report.slo
-    names = [f"{outcome.report.rate:.3g}/s" if several and outcome.report.rate else "" for outcome in shown]
+    names = [f"{rounded(outcome.report.rate)}/s" if several and outcome.report.rate else "" for outcome in shown]
     for name, target in (("ttft", slo.ttft), ("tpot", slo.tpot)):
         sets = [(label, _latencies(outcome, name)) for label, outcome in zip(names, shown, strict=True)]
         plots.distribution(axes.pop(0), name.upper(), sets, target)
@@ -55,7 +56,7 @@ def _attainment(axes: Any, outcomes: Sequence[Outcome], goal: float, goodput: fl
     axes.plot(rates, [report.attainment.tpot for report in reports], "--", label="TPOT")
     axes.axhline(goal, color="tab:gray", linewidth=1, label=f"goal {goal:g}")
     if goodput:
-        axes.axvline(goodput, color="tab:green", linewidth=1, label=f"goodput {goodput:.3g}/s")
+        axes.axvline(goodput, color="tab:green", linewidth=1, label=f"goodput {rounded(goodput)}/s")
     axes.set(xlabel="rate (requests/s)", ylabel="attainment", ylim=(-0.02, 1.02), title="attainment against rate")
     axes.set_xlim(left=0)
     axes.legend(fontsize="small")

@@ -25,8 +25,12 @@ class Server:
 
 
 async def look(client: Client, wanted: str | None) -> Server:
-    """Asks for the models. Raises `NoServerError`, or `UsageError` where the model or the key is wrong."""
+    """Asks for the models. Raises `NoServerError`, also where the server says that it is not ready, or `UsageError`
+    where the model or the key is wrong."""
     try:
+        async with client.session.get(f"{client.url}/health", timeout=PROBE_TIMEOUT) as response:
+            if response.status == 503:  # while a model loads; whoever has no /health answers something else
+                raise NoServerError(f"{client.url} says that it is not ready (HTTP 503 at /health): wait until it is")
         async with client.session.get(f"{client.url}/v1/models", timeout=PROBE_TIMEOUT) as response:
             if response.status in (401, 403):
                 raise UsageError(

@@ -16,7 +16,7 @@ from distserve.bench.client import UNFINISHED
 from distserve.bench.measure import Measure, Outcome
 from distserve.bench.search import Found
 from distserve.metrics import CONFIDENCE
-from distserve.tables import milliseconds
+from distserve.tables import milliseconds, rounded
 
 _RECENT = 500  # requests that the live figures look at
 _REFRESH = 2.0  # times a second; a refresh takes a few ms, in which no byte is read
@@ -95,7 +95,7 @@ def sweep(outcomes: Sequence[Outcome]) -> Table:
         r = outcome.report
         low, high = r.interval.joint
         table.add_row(
-            "-" if r.rate is None else f"{r.rate:.3g}/s",
+            "-" if r.rate is None else f"{rounded(r.rate)}/s",
             f"{r.attainment.joint:.1%}",
             f"{low:.0%}-{high:.0%}",
             milliseconds(r.ttft.p50),
@@ -110,14 +110,16 @@ def sweep(outcomes: Sequence[Outcome]) -> Table:
 
 def goodput(found: Found, goal: float, devices: int | None, lowest: float | None, out: Console) -> None:
     """The answer of a sweep or a search. `lowest`: of the rates whose run came to its end; None: none did."""
-    each = f", {found.rate / devices:.3g} per device" if devices else ""
+    each = f", {rounded(found.rate / devices)} per device" if devices else ""
     none = (
-        "not known: no run came to its end" if lowest is None else f"none: not even {lowest:.3g} requests/s attain it"
+        "not known: no run came to its end"
+        if lowest is None
+        else f"none: not even {rounded(lowest)} requests/s attain it"
     )
-    answer = f"{found.rate:.3g} requests/s{each}" if found.rate else none
+    answer = f"{rounded(found.rate)} requests/s{each}" if found.rate else none
     out.print(f"[bold]goodput[/bold] at {goal:.0%}: {answer}", highlight=False)
-    low = f"at least {found.low:.3g}" if found.low else "no rate attains it for sure (offer more, -n)"
-    high = f"at most {found.high:.3g} requests/s" if found.high is not None else "none was surely too high"
+    low = f"at least {rounded(found.low)}" if found.low else "no rate attains it for sure (offer more, -n)"
+    high = f"at most {rounded(found.high)} requests/s" if found.high is not None else "none was surely too high"
     out.print(f"{CONFIDENCE:.0%} sure: {low}, {high} ({found.why})", highlight=False)
 
 

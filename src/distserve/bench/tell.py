@@ -14,7 +14,7 @@ from distserve.bench.measure import Outcome
 from distserve.bench.options import BenchOptions
 from distserve.bench.search import Found, Search, Trial
 from distserve.outputs import write_json, write_text
-from distserve.tables import show_report
+from distserve.tables import rounded, show_report
 from distserve.workload import Workload
 
 
@@ -62,7 +62,7 @@ def tell(told: Told) -> int:
         return 1 if told.dead else 130
     console = show.console(stderr=options.json_out == "-")
     for outcome in told.outcomes:
-        at = f"at {outcome.report.rate:.3g} requests/s: " if told.several and outcome.report.rate else ""
+        at = f"at {rounded(outcome.report.rate)} requests/s: " if told.several and outcome.report.rate else ""
         for warning in outcome.warnings:
             show.say(f"warning: {at}{warning}")
         if not told.several:
