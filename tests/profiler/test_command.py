@@ -50,7 +50,7 @@ def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
     with subprocess.Popen(work, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "mixed" in line:
+            if "neighbour" in line:
                 os.kill(process.pid, signal.SIGINT)
                 break
         said = process.stderr.read()
