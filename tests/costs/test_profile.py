@@ -328,6 +328,12 @@ WHERE = f"costs x: models: {OPT}: 1"
         (at(*ENTRY, "mixed_points"), [[0, 5, 2, 1, 0.1]], "mixed_points[1]: context = 1 of 2 sequences"),
         (at(*ENTRY, "mixed_points"), [[0, 5, 2, 9]], "mixed_points[1] is [0, 5, 2, 9]: must be [computed, new, batch"),
         (at("engine"), {"prefill_beside": {"decode": 0.9}}, "prefill_beside: decode = 0.9: must be a finite number, 1"),
+        (at("weather"), {"paces": [[0, 1, 1]]}, "weather: span missing"),
+        (at("weather"), {"span": 9, "paces": []}, "weather: paces = []: must be a list, of one row at least"),
+        (at("weather"), {"span": 9, "paces": [[0, 1]]}, "paces[1] is [0, 1]: must be [at, prompts, decodes]"),
+        (at("weather"), {"span": 9, "paces": [[0, 1, 0.1]]}, "paces[1]: decodes = 0.1: must be a finite number, 0.5"),
+        (at("weather"), {"span": 9, "paces": [[1, 1, 1]]}, "weather: paces begin at other times than 0"),
+        (at("weather"), {"span": 9, "paces": [[0, 1, 1], [9, 1, 1]]}, "span = 9: must be above 9"),
     ],
 )
 def test_wrong_files_are_refused(put: Callable[[dict[str, Any], Any], None], value: Any, words: str) -> None:

@@ -5,7 +5,7 @@ computing. Knows no plan and no simulator; implementations are a profile (`profi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from distserve.cluster import Cluster
 from distserve.costs.latency import Host, Latency
@@ -18,6 +18,23 @@ class Neighbour:
 
     prefill: float = 1.0
     decode: float = 1.0
+
+
+class Pace(NamedTuple):
+    """From `at` (seconds) on, steps with prompts and steps that decode take so many times what their costs say."""
+
+    at: float
+    prompts: float
+    decodes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """How a machine's pace changed while it was measured: what others did to it, and will do again. Imagined time goes
+    through it over and over, each instance from another moment on."""
+
+    paces: tuple[Pace, ...] = ()  # by time, the first at 0; (): always as fast as its costs say
+    span: float = 0.0  # seconds that were watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +64,7 @@ class Engine:
     micro_batches: Literal["even", "joined"] = "even"
     prefill_beside: Neighbour = field(default_factory=Neighbour)  # of steps with prompts
     decode_beside: Neighbour = field(default_factory=Neighbour)
+    weather: Weather = field(default_factory=Weather)
 
 
 class Costs(Protocol):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from distserve.costs import fit
-from distserve.costs.base import Engine
+from distserve.costs.base import Engine, Pace, Weather
 from distserve.costs.checks import Wrong, keys, mapping, number, overlay, parts, rows, seconds, show, whole
 from distserve.costs.fit import DecodePoint, Error, MixedPoint, PromptPoint
 from distserve.costs.latency import Coefficients, DecodeLine, PrefillLine
@@ -23,9 +23,10 @@ from distserve.errors import UsageError
 from distserve.specs import DTYPE_BYTES
 
 FORMAT = 1
+LEAST_PACE = 0.5  # times as long as measured: steps can hardly take less
 TOLERANCE = 1e-6  # between the fit error that a file states and the one that its points have
 ACCOUNTINGS = {"own": Accounting(), "paper": DISTSERVE}
-_KEYS = ("format", "device", "dtype", "date", "source", "note", "machine", "accounting", "engine", "models")
+_KEYS = ("format", "device", "dtype", "date", "source", "note", "machine", "accounting", "engine", "weather", "models")
 _ENTRY = ("prefill", "decode", "prefill_points", "decode_points", "mixed_points", "mixed_added", "error", "measured_to")
 _DATE = re.compile(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])")
 _DEGREE = re.compile(r"(?P<tp>[1-9]\d*)(x(?P<pp>[1-9]\d*))?")
@@ -142,6 +143,7 @@ def _contents(table: Any) -> Contents:
     if not _DATE.fullmatch(table["date"]):
         raise Wrong(f"date = {show(table['date'])}: must be a day such as 2024-05-01")
     engine = overlay("engine", Engine(), table.get("engine", {}), _MAY_BE_ZERO)
+    engine = replace(engine, weather=_weather(table["weather"]) if "weather" in table else Weather())
     for phase in ("prefill_beside", "decode_beside"):
         for neighbour, share in asdict(getattr(engine, phase)).items():
             number(f"engine: {phase}: {neighbour}", share, least=1.0)
@@ -170,6 +172,29 @@ def _contents(table: Any) -> Contents:
         ),
         entries=entries,
     )
+
+
+def _weather(table: Any) -> Weather:
+    keys("weather", table, ("span", "paces"), needed=("span", "paces"))
+    paces = []
+    for at, row in rows("weather", table, "paces"):
+        parts(at, row, Pace._fields)
+        paces.append(
+            Pace(
+                number(f"{at}: at", row[0]),
+                *(
+                    number(f"{at}: {phase}", x, least=LEAST_PACE)
+                    for phase, x in zip(Pace._fields[1:], row[1:], strict=True)
+                ),
+            )
+        )
+    times = [pace.at for pace in paces]
+    if times[0] != 0 or sorted(set(times)) != times:
+        raise Wrong("weather: paces begin at other times than 0 and then later and later: measure again")
+    span = number("weather: span", table["span"])
+    if span <= times[-1]:
+        raise Wrong(f"weather: span = {span:g}: must be above {times[-1]:g}, when its last pace begins")
+    return Weather(tuple(paces), span)
 
 
 def _entries(where: str, by_degree: Any, padded: bool) -> dict[Degree, Entry]:

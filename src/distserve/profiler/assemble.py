@@ -15,6 +15,7 @@ from typing import Any
 
 from distserve.costs import format
 from distserve.costs.fit import FEWEST
+from distserve.profiler import weather
 from distserve.profiler.phases import Findings
 from distserve.profiler.series import Series
 
@@ -69,6 +70,7 @@ def table(found: Findings, heading: Heading) -> dict[str, Any]:
         "memory": heading.memory,
         "link_bandwidth": bandwidth,
     }
+    found_weather = weather.watched(found)
     return {
         "format": format.FORMAT,
         "device": heading.device,
@@ -78,6 +80,7 @@ def table(found: Findings, heading: Heading) -> dict[str, Any]:
         "note": note(found),
         "machine": {key: value for key, value in machine.items() if value is not None},
         "engine": {key: _rounded(value) for key, value in engine.items() if value is not None},
+        **({"weather": found_weather} if found_weather else {}),
         "models": {heading.model: {heading.degree: _rounded(entry)}},
     }
 
@@ -112,13 +115,12 @@ def pulls(found: Findings, heading: Heading) -> tuple[float | None, float]:
 
 
 def beside(found: Findings) -> dict[str, dict[str, float]]:
-    """How many times as long as alone and undisturbed, which is what points say, each phase's steps take beside
-    another's. The mean of all that was measured, the slow times too: a neighbour may slow its machine down by spells
-    (two processors of a virtual machine that now share a core and now do not), and a server will see their share."""
+    """How many times as long as alone each phase's steps take beside another's: both as they typically are, for what
+    slows a machine down by spells is its weather, neighbour or not."""
     shares: dict[str, dict[str, float]] = {}
     for (phase, neighbour), series in found.beside.items():
         if phase in found.quiet:
-            share = fmean(series.values) / found.quiet[phase].seconds
+            share = series.seconds / found.quiet[phase].seconds
             shares.setdefault(f"{phase}_beside", {})[neighbour] = round(max(1.0, share), 3)
     return shares
 

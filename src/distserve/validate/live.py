@@ -4,11 +4,14 @@ through it by the client of `distserve bench`. Knows no prediction.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +20,7 @@ import aiohttp
 from distserve import metrics
 from distserve.bench import prompts as making
 from distserve.bench import server as servers
-from distserve.bench.client import Client
+from distserve.bench.client import Client, clock
 from distserve.bench.load import lateness, sent_share
 from distserve.bench.measure import Offer, Outcome
 from distserve.bench.options import BenchOptions
@@ -25,8 +28,9 @@ from distserve.bench.runner import Runner
 from distserve.errors import DistserveError
 from distserve.plan import Plan
 from distserve.profiler.live import Server
-from distserve.validate import weather
+from distserve.validate import others
 from distserve.validate.record import Key, Measured
+from distserve.validate.steps import FLUSHED, StepFiles, Steps
 from distserve.workload import Workload
 
 # Requests, and requests/s, before anything counts: the first touch of memory and of code is slow.
@@ -53,10 +57,13 @@ class ServerDied(DistserveError):
 class Site:
     """One running server."""
 
-    def __init__(self, client: Client, runner: Runner, session: int | None = None) -> None:
+    def __init__(
+        self, client: Client, runner: Runner, session: int | None = None, files: StepFiles | None = None
+    ) -> None:
         self._client = client
         self._runner = runner
         self._session = session  # of the server's processes; None: not known
+        self._files = files  # of its steps; None: it tells of none
         self._salt = 0
 
     async def warm_up(self, workload: Workload) -> None:
@@ -64,15 +71,22 @@ class Site:
 
     async def measure(self, key: Key, workload: Workload, title: str) -> Measured | None:
         """A whole run; None: it was stopped. Raises `ServerDied`."""
-        before, clocks = await self._scrape(), weather.look(self._session)
+        before, clocks = await self._scrape(), others.look(self._session)
         outcome = await self._run(workload, metrics.default_warmup(workload.span), title, key.seed)
         if outcome is None or outcome.run.interrupted:
             return None
         if not await servers.alive(self._client):
             failed = sum(not record.ok for record in outcome.records)
             raise ServerDied(f"the server died in the middle of {key}: {failed} of {len(workload)} requests failed")
-        after, meanwhile = await self._scrape(), weather.between(clocks, weather.look(self._session))
-        return _measured(key, outcome, {name: after[name] - before.get(name, 0.0) for name in after}, meanwhile)
+        after, meanwhile = await self._scrape(), others.between(clocks, others.look(self._session))
+        measured = _measured(key, outcome, {name: after[name] - before.get(name, 0.0) for name in after}, meanwhile)
+        return replace(measured, steps=await self._steps(outcome.run.start))
+
+    async def _steps(self, start: float) -> Steps:
+        if self._files is None:
+            return {}
+        await asyncio.sleep(FLUSHED)
+        return self._files.since(start - clock() + time.monotonic())  # the server's steps are on the latter
 
     async def _run(self, workload: Workload, warmup: float, title: str, seed: int | None = None) -> Outcome | None:
         self._salt += 1
@@ -128,20 +142,24 @@ async def site(plan: Plan, *, url: str | None, seed: int) -> AsyncIterator[Site]
             folder = stack.enter_context(TemporaryDirectory(prefix="distserve-"))
             file = Path(folder) / "plan.toml"
             file.write_text(plan.to_toml(), encoding="utf-8")
-            child = await stack.enter_async_context(Server(["--plan", str(file), "--log-level", "warning"]))
+            steps = Path(folder) / "steps"
+            arguments = ["--plan", str(file), "--log-level", "warning", "--record-steps", str(steps)]
+            child = await stack.enter_async_context(Server(arguments))
             await child.ready()
-            yield await connected(stack, child.url, seed, session=child.pid)
+            yield await connected(stack, child.url, seed, session=child.pid, files=StepFiles(steps))
             return
         yield await connected(stack, url, seed)
 
 
-async def connected(stack: AsyncExitStack, url: str, seed: int, session: int | None = None) -> Site:
-    """To any OpenAI server; `session` of its processes where they are ours. Raises `NoServerError`."""
+async def connected(
+    stack: AsyncExitStack, url: str, seed: int, session: int | None = None, files: StepFiles | None = None
+) -> Site:
+    """To any OpenAI server; `session` and `files` of its processes where they are ours. Raises `NoServerError`."""
     options = BenchOptions(url=url, seed=seed)
     client = await stack.enter_async_context(Client(options.url, api_key=None, timeout=options.timeout))
     server = await servers.look(client, None)
     prompts = await making.learn(client, server, chat=False, kind="auto", seed=seed)
-    return Site(client, Runner(options, client, server, prompts), session)
+    return Site(client, Runner(options, client, server, prompts), session, files)
 
 
 def seconds_of(cells: Sequence[Key], duration: float, requests: int | None) -> float:

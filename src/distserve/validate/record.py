@@ -24,6 +24,7 @@ from distserve.errors import UsageError
 from distserve.metrics import OK, SLO, Record
 from distserve.plan import Plan
 from distserve.traces import Arrival
+from distserve.validate.steps import Steps, from_columns, to_columns
 from distserve.workload import Workload
 
 FORMAT = 1
@@ -59,6 +60,7 @@ class Measured:
     bottleneck: str = ""  # how the client spoiled the run; "": it did not
     server: Mapping[str, float] = field(default_factory=dict)  # by how much its metrics grew
     warnings: tuple[str, ...] = ()
+    steps: Steps = field(default_factory=dict)  # of the server's instances, where it told
 
     @property
     def disturbed(self) -> float:
@@ -94,6 +96,7 @@ class Measured:
             "bottleneck": self.bottleneck,
             "server": {name: round(value, _DIGITS) for name, value in self.server.items()},
             "warnings": list(self.warnings),
+            "steps": {name: to_columns(steps) for name, steps in self.steps.items()},
         }
 
     @classmethod
@@ -109,7 +112,7 @@ class Measured:
         key = Key(str(plan), str(workload), float(rate), int(seed), int(repeat))
         return cls(
             key, float(line["warmup"]), float(line["end"]), records, line["client"], line["bottleneck"], line["server"],
-            tuple(line["warnings"]),
+            tuple(line["warnings"]), {name: from_columns(columns) for name, columns in line.get("steps", {}).items()},
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ _WORK, _STOLEN = (0, 1, 2, 5, 6), 7
 
 
 @dataclass(frozen=True, slots=True)
-class Weather:
+class Clocks:
     """A look at the clocks, in seconds of processor time of all cores."""
 
     at: float  # wall clock
@@ -23,7 +23,7 @@ class Weather:
     ours: float  # of the server and this process
 
 
-def look(session: int | None) -> Weather | None:
+def look(session: int | None) -> Clocks | None:
     """`session`: that of the server's processes, of which it is the first; None: a server that is not ours, whose share
     cannot be told from that of others. None where the system does not say."""
     if session is None:
@@ -33,7 +33,7 @@ def look(session: int | None) -> Weather | None:
     except (OSError, ValueError):
         return None
     ours = time.process_time() + _of_session(session)
-    return Weather(time.monotonic(), sum(fields[i] for i in _WORK) / _TICK, fields[_STOLEN] / _TICK, ours)
+    return Clocks(time.monotonic(), sum(fields[i] for i in _WORK) / _TICK, fields[_STOLEN] / _TICK, ours)
 
 
 def _of_session(session: int) -> float:
@@ -48,7 +48,7 @@ def _of_session(session: int) -> float:
     return ticks / _TICK
 
 
-def between(before: Weather | None, after: Weather | None) -> dict[str, float]:
+def between(before: Clocks | None, after: Clocks | None) -> dict[str, float]:
     """Cores that others used, and that the host took, on average; {} where nothing is known."""
     if before is None or after is None:
         return {}
