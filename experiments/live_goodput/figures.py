@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from experiments.accuracy.figures import STYLE, save
 from experiments.live_goodput.cases import GOAL
 from experiments.live_goodput.contenders import ALL
-from experiments.live_goodput.results import Row
+from experiments.live_goodput.results import Row, ours
 
 _COLOURS = dict(zip(ALL, ("#0072b2", "#d55e00", "#009e73", "#999999", "#cc79a7"), strict=True))
 
@@ -48,8 +48,9 @@ def attainments(cases: Sequence[Sequence[Row]], file: Path) -> None:
 
 
 def shared_rate(found: Sequence[Row]) -> float:
-    """The rate at which most contenders were measured; of several the middle one."""
-    rates = [run.key.rate for row in found for run in row.runs]
+    """The rate at which most of ours were measured (of everybody, where none of ours was); of several the middle one.
+    Who is slow from the start is measured at low rates alone, and does not decide it."""
+    rates = [run.key.rate for row in ours(found) or found for run in row.runs]
     most = max(map(rates.count, rates))
     shared = sorted({rate for rate in rates if rates.count(rate) == most})
     return shared[len(shared) // 2]

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from benchmarks.servers import Server, free_port
-from experiments.live_goodput import measuring, page, peers, results
+from experiments.live_goodput import figures, measuring, page, peers, results
 from experiments.live_goodput.cases import CASES, SCALES
 from experiments.live_goodput.contenders import APART, CHUNKED, OURS, VLLM, VLLM_APART, WHOLE
 from experiments.live_goodput.measuring import Asked, from_the_middle, measure
@@ -231,6 +231,12 @@ def test_the_planners_choice_is_judged(mine: Row, verdict: str, costs: Costs, mo
     line = page._judged(CHAT, found, costs, 1.0)
     assert line[1:3] == [mine.contender, "2.10"]
     assert line[-1] == verdict
+
+
+def test_the_middle_rate_of_ours_is_drawn_by_scale() -> None:
+    found = [row(APART, 1.0, 0.8, 0.5), row(WHOLE, 1.0, 0.9, 0.8), row(VLLM_APART, 0.1)]
+    assert figures.shared_rate(found) == 2.0
+    assert figures.shared_rate(found[2:]) == 1.0
 
 
 def test_rates_that_cannot_hold_a_goodput_are_left_out(recording: Recording) -> None:
