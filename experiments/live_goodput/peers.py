@@ -34,10 +34,10 @@ from distserve.errors import DistserveError
 from distserve.metrics import Record
 from distserve.profiler.live import ServerFailed
 from distserve.traces import Arrival
-from distserve.validate import weather
+from distserve.validate import others
 from distserve.validate.live import ServerDied, Site
+from distserve.validate.others import Clocks
 from distserve.validate.record import Key, Measured
-from distserve.validate.weather import Weather
 from distserve.workload import Workload
 
 CORES = ("0", "1")
@@ -132,18 +132,18 @@ class Peers(Site):
         self._found = found
 
     async def measure(self, key: Key, workload: Workload, title: str) -> Measured | None:
-        before = self._weather()
+        before = self._clocks()
         measured = await super().measure(key, workload, title)
         dead = [server for server in self._found if not server.running]
         if dead:
             raise ServerDied(f"{dead[0].name} died in the middle of {key}: see {dead[0].log}")
         if measured is None:
             return None
-        return replace(measured, client={**measured.client, **weather.between(before, self._weather())})
+        return replace(measured, client={**measured.client, **others.between(before, self._clocks())})
 
-    def _weather(self) -> Weather | None:
+    def _clocks(self) -> Clocks | None:
         """As if all of their sessions were one; this process is in each look, and counts once."""
-        looks = [look for server in self._found if (look := weather.look(server.pid)) is not None]
+        looks = [look for server in self._found if (look := others.look(server.pid)) is not None]
         if not looks:
             return None
         again = (len(looks) - 1) * time.process_time()
