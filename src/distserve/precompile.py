@@ -25,7 +25,7 @@ from typing import Any
 from distserve import compiled
 from distserve.native import BuildError, find_compiler
 
-_FLAGS = ("-O2", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-DNDEBUG", "-w")
+_FLAGS = ("-O2", "-flto", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-DNDEBUG", "-w")
 _KEPT = 4  # folders in the cache: of other interpreters, and of sources that somebody goes back to
 _LATELY = 24 * 3600.0  # seconds; what was used since then may be in use
 

@@ -23,7 +23,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from distserve.knee import SIZES, knee
 from distserve.sched.base import Sequence as Scheduled
@@ -77,8 +77,8 @@ class _Line:
 Points = tuple[tuple[float, float], ...]  # (x, y) by x
 # (key, points) by key. Two rows may have one key: the first ends what lies below it, the second begins what lies above.
 Rows = tuple[tuple[float, Points], ...]
-EVER = float("inf")
-LEAST = 1e-6  # of the formula: no prompts take less, whatever the rest says of their neighbours
+EVER: Final = float("inf")
+LEAST: Final = 1e-6  # of the formula: no prompts take less, whatever the rest says of their neighbours
 
 
 class Table:

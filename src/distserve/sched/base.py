@@ -32,6 +32,9 @@ class State(Enum):
     ABORTED = "aborted"
 
 
+_NO_BLOCKS: Final[list[int]] = []  # this list is never changed
+
+
 class Clock(ABC):
     """What a sequence in lockstep with others knows its tokens from (`lockstep.py`)."""
 
@@ -56,10 +59,12 @@ class Sequence:
     attempt
     num_kv_tokens    decode: how many of them have their KV waiting to be pulled (0: compute it here)
     num_computed     tokens whose KV is in `blocks`
-    blocks
+    blocks           (a world without memory keeps to their number)
+    num_blocks
     state
     scheduled        tokens of it in a batch that has not completed (0: it may be scheduled)
     arrival          when it was added here
+    following        the next in the queue it waits in
     place            its place in the order of arrival here, given by `add`; a preempted sequence keeps it
     lease            HELD: until when its blocks are kept without word from the puller
     """
@@ -73,8 +78,10 @@ class Sequence:
         "arrival",
         "attempt",
         "blocks",
+        "following",
         "id",
         "lease",
+        "num_blocks",
         "num_kv_tokens",
         "place",
         "state",
@@ -92,7 +99,9 @@ class Sequence:
         self.id = id
         self.attempt = attempt
         self.num_kv_tokens = num_kv_tokens
-        self.blocks: list[int] = [] if blocks is None else blocks
+        self.blocks = _NO_BLOCKS if blocks is None else blocks
+        self.num_blocks = len(self.blocks)
+        self.following: Sequence | None = None
         self.state = State.QUEUED
         self.arrival = 0.0
         self.place = 0
@@ -250,6 +259,9 @@ class Outcome:
 
     def drop(self, sequence: Sequence) -> None:
         self.dropped = _with(self.dropped, sequence)
+
+
+NOTHING: Final = Outcome()  # most calls that may end a sequence end none
 
 
 def _with(sequences: list[Sequence], sequence: Sequence) -> list[Sequence]:

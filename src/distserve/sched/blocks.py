@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from distserve.errors import RequestError
+from distserve.sched.base import Sequence
 
 
 class Generations(Protocol):
@@ -74,9 +75,19 @@ class BlockPool:
             owned[block] = 1
         return blocks
 
-    def grow(self, blocks: list[int], n: int) -> None:
-        """Hands out `n` blocks more to the owner of `blocks`."""
-        blocks += self.allocate(n)
+    def give(self, sequence: Sequence, n: int) -> None:
+        """Hands out `n` blocks more to a sequence."""
+        blocks = self.allocate(n)
+        if sequence.num_blocks:
+            sequence.blocks += blocks
+        else:
+            sequence.blocks = blocks
+        sequence.num_blocks += n
+
+    def take_back(self, sequence: Sequence) -> None:
+        """All that it has."""
+        self.free(sequence.blocks)
+        sequence.num_blocks = 0
 
     def free(self, blocks: list[int]) -> None:
         """Takes blocks back and empties the list, so that its owner cannot use them by mistake."""
@@ -91,7 +102,8 @@ class BlockPool:
 
 
 class BlockCount(BlockPool):
-    """Blocks without ids, for a world that has no memory: only how many are free is true."""
+    """Blocks without ids, for a world that has no memory: only how many are free, and how many a sequence has, is
+    true."""
 
     __slots__ = ("_num_free",)
 
@@ -109,11 +121,15 @@ class BlockCount(BlockPool):
         self._num_free -= n
         return [0] * n
 
-    def grow(self, blocks: list[int], n: int) -> None:
+    def give(self, sequence: Sequence, n: int) -> None:
         assert 0 <= n <= self._num_free, f"{n} blocks wanted, {self._num_free} free: check num_free first"
         self._num_free -= n
-        for _ in range(n):
-            blocks.append(0)
+        sequence.num_blocks += n
+
+    def take_back(self, sequence: Sequence) -> None:
+        self._num_free += sequence.num_blocks
+        assert self._num_free <= self.num_blocks, "more blocks are freed than there are"
+        sequence.num_blocks = 0
 
     def free(self, blocks: list[int]) -> None:
         self._num_free += len(blocks)

@@ -29,7 +29,7 @@ class ChunkedScheduler(ColocatedScheduler):
     """Every step decodes what runs and computes pieces of prompts with the rest of its token budget."""
 
     def next_batch(self, now: float) -> Batch | None:
-        if len(self._in_flight) >= self._max_in_flight:
+        if self._num_batches - self._num_completed >= self._max_in_flight:
             return None
         items: list[Item] = []
         behind = self._schedule_decodes()
@@ -43,7 +43,7 @@ class PrefillFirstScheduler(ColocatedScheduler):
     """Whole prompts as soon as there is memory for them; what runs decodes when no prompt can start."""
 
     def next_batch(self, now: float) -> Batch | None:
-        if len(self._in_flight) >= self._max_in_flight:
+        if self._num_batches - self._num_completed >= self._max_in_flight:
             return None
         items: list[Item] = []
         self._schedule_prompts(items)

@@ -18,7 +18,6 @@ Three rules keep it free of starvation and livelock:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Collection
 
 from distserve.sched import order
@@ -41,20 +40,20 @@ class ContinuousScheduler(ABC):
         self._watermark_blocks = watermark_blocks
         self._max_in_flight = max_in_flight
         self._sequences: dict[int, Sequence] = {}  # all that are here
-        self._queue: deque[Sequence] = deque()  # wait for blocks, by place; aborted ones leave at the head
+        self._queue = order.Queue()  # wait for blocks, by place; aborted ones leave at the head
         self._running: list[Sequence] = []  # RUNNING, by place
         self._locksteps = [Lockstep(pool) for _ in range(max_in_flight)]
         self._turn = 0  # whose it is
         self._formed: Lockstep | None = None  # of the batch that is being made
         self._loose: list[Sequence] = []  # those of the running that are not in lockstep, by place
         self._starved: Sequence | None = None  # the oldest of them that lacked a block in the last batch
-        self._in_flight: list[Batch] = []
         self._num_pulling = 0  # own blocks without running; only decode has such
         self._num_queued = 0
         self._num_queued_tokens = 0
         self._num_preemptions = 0
         self._num_added = 0
         self._num_batches = 0
+        self._num_completed = 0  # of those; the rest is in flight
 
     def __contains__(self, sequence_id: int) -> bool:
         return sequence_id in self._sequences
@@ -81,8 +80,9 @@ class ContinuousScheduler(ABC):
         return self._locksteps[0].steps_with_room()
 
     def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
-        first = self._in_flight.pop(0)
-        assert batch.id == first.id, f"batch {batch.id} completes before batch {first.id}, which was made earlier"
+        self._num_completed += 1
+        due = self._num_completed
+        assert batch.id == due, f"batch {batch.id} completes before batch {due}, which was made earlier"
         outcome, ended = Outcome(), result.ended
         if batch.members:
             self._complete_lockstep(batch, ended, times, outcome)
@@ -200,7 +200,7 @@ class ContinuousScheduler(ABC):
             if sequence.clock is not lockstep:
                 continue
             if pool.num_free:
-                pool.grow(sequence.blocks, 1)
+                pool.give(sequence, 1)
             elif not self._grow(sequence, sequence.num_tokens):
                 self._loosen(sequence)
         if not lockstep.members:
@@ -256,7 +256,6 @@ class ContinuousScheduler(ABC):
         else:
             batch = Batch(self._num_batches, items, formed, formed.lend())
             self._formed = None
-        self._in_flight.append(batch)
         return batch
 
     # Queue and blocks
@@ -265,11 +264,7 @@ class ContinuousScheduler(ABC):
         sequence.state = state
         self._num_queued += 1
         self._num_queued_tokens += sequence.num_kv_tokens or sequence.num_tokens
-        queue, place = self._queue, sequence.place
-        if not queue or queue[-1].place < place:
-            queue.append(sequence)
-        else:  # preempted: what came later waits behind it
-            queue.insert(sum([other.place < place for other in queue]), sequence)
+        self._queue.insert(sequence)  # where it was preempted, what came later waits behind it
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self._num_queued -= 1
@@ -278,12 +273,11 @@ class ContinuousScheduler(ABC):
     def _head(self) -> Sequence | None:
         """The oldest sequence that waits for blocks."""
         queue = self._queue
-        while queue:
-            sequence = queue[0]
-            if sequence.state is not State.ABORTED:
+        while True:
+            sequence = queue.first()
+            if sequence is None or sequence.state is not State.ABORTED:
                 return sequence
-            queue.popleft()
-        return None
+            queue.pop()
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether the head of the queue may have its blocks now, those for its next token included. The watermark is no
@@ -298,9 +292,9 @@ class ContinuousScheduler(ABC):
 
     def _admit(self, sequence: Sequence) -> None:
         """Takes the head of the queue out of it, to be computed here from its first token on."""
-        self._queue.popleft()
+        self._queue.pop()
         self._leave_queue(sequence)
-        sequence.blocks = self.pool.allocate(self.pool.blocks_for(sequence.num_tokens))
+        self.pool.give(sequence, self.pool.blocks_for(sequence.num_tokens))
         self._run(sequence)
 
     def _run(self, sequence: Sequence) -> None:
@@ -320,7 +314,7 @@ class ContinuousScheduler(ABC):
         """Blocks for the KV of `num_tokens` tokens, taken from the youngest where none are free. False: it must wait
         for what nobody can take: blocks in flight, being pulled, or those of older sequences."""
         pool = self.pool
-        missing = pool.blocks_for(num_tokens) - len(sequence.blocks)
+        missing = pool.blocks_for(num_tokens) - sequence.num_blocks
         if missing <= 0:
             return True
         while pool.num_free < missing:
@@ -331,17 +325,17 @@ class ContinuousScheduler(ABC):
                 if not victim.scheduled:
                     break
             self._preempt(victim)
-        pool.grow(sequence.blocks, missing)
+        pool.give(sequence, missing)
         return True
 
     def _preempt(self, victim: Sequence) -> None:
         self._stop_running(victim)
-        self.pool.free(victim.blocks)
+        self.pool.take_back(victim)
         victim.num_computed = victim.num_kv_tokens = 0
         self._num_preemptions += 1
         self._enqueue(victim, State.PREEMPTED)
 
     def _forget(self, sequence: Sequence) -> Sequence:
         del self._sequences[sequence.id]
-        self.pool.free(sequence.blocks)
+        self.pool.take_back(sequence)
         return sequence

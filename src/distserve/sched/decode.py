@@ -9,7 +9,7 @@ any --abort--> ABORTED  (PULLING, or in a batch in flight: blocks are freed by `
 
 from __future__ import annotations
 
-from distserve.sched.base import NOBODY, Batch, Item, Outcome, Sequence, State
+from distserve.sched.base import NOBODY, NOTHING, Batch, Item, Outcome, Sequence, State
 from distserve.sched.blocks import BlockPool
 from distserve.sched.continuous import ContinuousScheduler
 from distserve.sched.policy import DecodePolicy
@@ -28,22 +28,23 @@ class DecodeScheduler(ContinuousScheduler):
             max_in_flight=max_in_flight,
         )
         self.policy = policy
+        self._chunk_tokens = policy.chunk_tokens
         self._pulling: dict[int, Sequence] = {}  # those aborted since included: their bytes are still arriving
 
     def next_batch(self, now: float) -> Batch | None:
-        if len(self._in_flight) >= self._max_in_flight:
+        if self._num_batches - self._num_completed >= self._max_in_flight:
             return None
         items: list[Item] = []
         behind = self._schedule_decodes()
-        budget = self.policy.chunk_tokens
+        budget = self._chunk_tokens
         if behind:
             budget = self._schedule_behind(items, behind, budget)
-        if self._queue:
+        if self._queue.first() is not None:
             self._schedule_queued(items, budget)
         return self._launch(items)
 
     def next_pulls(self, now: float) -> list[Sequence]:
-        if not self._queue:
+        if self._queue.first() is None:
             return NOBODY
         pulls: list[Sequence] = []
         while True:
@@ -53,25 +54,25 @@ class DecodeScheduler(ContinuousScheduler):
             if not sequence.num_kv_tokens:
                 self._admit(sequence)  # next in turn, and what came after it need not wait for a step
                 continue
-            self._queue.popleft()
+            self._queue.pop()
             self._leave_queue(sequence)
-            sequence.blocks = self.pool.allocate(self.pool.blocks_for(sequence.num_kv_tokens))
+            self.pool.give(sequence, self.pool.blocks_for(sequence.num_kv_tokens))
             sequence.state = State.PULLING
             self._pulling[sequence.id] = sequence
             self._num_pulling += 1
             pulls.append(sequence)
 
     def pulled(self, sequence_id: int, now: float) -> Outcome:
-        outcome = Outcome()
         sequence = self._end_pull(sequence_id)
         if sequence is None:
-            return outcome
+            return NOTHING
         if sequence.state is State.ABORTED:
+            outcome = Outcome()
             outcome.drop(self._forget(sequence))
-        else:
-            sequence.num_computed = sequence.num_kv_tokens
-            self._run(sequence)
-        return outcome
+            return outcome
+        sequence.num_computed = sequence.num_kv_tokens
+        self._run(sequence)
+        return NOTHING
 
     def pull_failed(self, sequence_id: int, now: float) -> Outcome:
         outcome = Outcome()
@@ -82,7 +83,8 @@ class DecodeScheduler(ContinuousScheduler):
         return outcome
 
     def _end_pull(self, sequence_id: int) -> Sequence | None:
-        sequence = self._pulling.pop(sequence_id, None)
+        sequence = self._pulling.get(sequence_id)
         if sequence is not None:
+            del self._pulling[sequence_id]
             self._num_pulling -= 1
         return sequence

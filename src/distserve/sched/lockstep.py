@@ -59,7 +59,13 @@ class Lockstep(Clock):
         """It knows its own tokens again."""
         offset = sequence.num_tokens - self.ticks
         self._sum -= offset
-        self._due[(1 - offset) % len(self._due)].remove(sequence)
+        due = self._due[(1 - offset) % len(self._due)]
+        last = due.pop()
+        if last is not sequence:
+            for at, other in enumerate(due):
+                if other is sequence:
+                    due[at] = last
+                    break
         order.remove(self._own(), sequence)
         if self.in_flight:
             self.leaving.append(sequence)
@@ -73,7 +79,7 @@ class Lockstep(Clock):
         block_size = self._pool.block_size
         needy = NOBODY
         for sequence in due:
-            if sequence.num_tokens > len(sequence.blocks) * block_size:
+            if sequence.num_tokens > sequence.num_blocks * block_size:
                 needy = needy or []
                 order.insert(needy, sequence)
         return needy
@@ -86,8 +92,8 @@ class Lockstep(Clock):
         for _ in range(times - 1):
             self.ticks += 1
             for sequence in dues[self.ticks % size]:
-                if sequence.num_tokens > len(sequence.blocks) * block_size:
-                    pool.grow(sequence.blocks, 1)
+                if sequence.num_tokens > sequence.num_blocks * block_size:
+                    pool.give(sequence, 1)
         self.ticks += 1
         self.in_flight = False
         if self.joined:

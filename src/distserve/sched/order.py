@@ -1,4 +1,4 @@
-"""Lists of sequences in order of arrival (`Sequence.place`). Knows nothing else of them."""
+"""Sequences in order of arrival (`Sequence.place`): lists, and a queue. Knows nothing else of them."""
 
 from __future__ import annotations
 
@@ -29,3 +29,39 @@ def remove(sequences: list[Sequence], sequence: Sequence) -> None:
     at = find(sequences, sequence.place)
     assert sequences[at] is sequence, f"{sequence} is not among them"
     sequences.pop(at)
+
+
+class Queue:
+    """Those that wait, each in one queue at most: its links lie in the sequences (`following`)."""
+
+    __slots__ = ("_first", "_last")
+
+    def __init__(self) -> None:
+        self._first: Sequence | None = None
+        self._last: Sequence | None = None
+
+    def first(self) -> Sequence | None:
+        return self._first
+
+    def insert(self, sequence: Sequence) -> None:
+        """Behind what came before it."""
+        before, after = self._last, None
+        if before is not None and before.place > sequence.place:
+            before, after = None, self._first
+            while after is not None and after.place < sequence.place:
+                before, after = after, after.following
+        sequence.following = after
+        if before is None:
+            self._first = sequence
+        else:
+            before.following = sequence
+        if after is None:
+            self._last = sequence
+
+    def pop(self) -> None:
+        """The first leaves."""
+        first = self._first
+        assert first is not None, "nobody waits"
+        self._first, first.following = first.following, None
+        if self._first is None:
+            self._last = None

@@ -11,6 +11,7 @@ from collections import deque
 
 from distserve.sched.base import Batch, Item, Load, Outcome, Sequence, State, StepResult
 from distserve.sched.blocks import BlockPool
+from distserve.sched.order import Queue
 from distserve.sched.policy import PrefillPolicy
 
 
@@ -27,18 +28,21 @@ class PrefillScheduler:
         assert max_in_flight >= 1, f"max_in_flight must be at least 1, not {max_in_flight}"
         self.pool = pool
         self.policy = policy
+        self._max_batch_tokens, self._max_batch_size = policy.max_batch_tokens, policy.max_batch_size
+        self._lease_seconds: float = policy.lease
         self._max_in_flight = max_in_flight
         self._sequences: dict[int, Sequence] = {}  # all that are here
-        self._queue: deque[Sequence] = deque()  # aborted ones leave at the head
+        self._queue = Queue()  # aborted ones leave at the head
         self._num_queued = 0
         # By end of lease: all leases are equally long. One that was renewed is in it again, one that was released is
         # still in it; both leave at the head.
         self._leases: deque[tuple[float, Sequence]] = deque()
         self._num_held = 0
-        self._in_flight: list[Batch] = []
         self._num_pending_tokens = 0  # of QUEUED and RUNNING sequences
         self._num_added = 0
         self._num_batches = 0
+        self._num_completed = 0  # of those; the rest is in flight
+        self._num_running = 0  # sequences in flight
 
     def __contains__(self, sequence_id: int) -> bool:
         return sequence_id in self._sequences
@@ -53,27 +57,29 @@ class PrefillScheduler:
         self._num_added += 1
         self._num_pending_tokens += sequence.num_tokens
         self._sequences[sequence.id] = sequence
-        self._queue.append(sequence)
+        self._queue.insert(sequence)
         self._num_queued += 1
 
     def next_batch(self, now: float) -> Batch | None:
         queue, pool = self._queue, self.pool
-        if not queue or len(self._in_flight) >= self._max_in_flight:
+        if queue.first() is None or self._num_batches - self._num_completed >= self._max_in_flight:
             return None
         items: list[Item] = []
-        budget = self.policy.max_batch_tokens
-        while queue and len(items) < self.policy.max_batch_size:
-            sequence = queue[0]
+        budget = self._max_batch_tokens
+        while len(items) < self._max_batch_size:
+            sequence = queue.first()
+            if sequence is None:
+                break
             if sequence.state is State.ABORTED:
-                queue.popleft()
+                queue.pop()
                 continue
             n = sequence.num_tokens
             num_blocks = pool.blocks_for(n)
             if (items and n > budget) or num_blocks > pool.num_free:
                 break
-            queue.popleft()
+            queue.pop()
             self._num_queued -= 1
-            sequence.blocks = pool.allocate(num_blocks)
+            pool.give(sequence, num_blocks)
             sequence.state = State.RUNNING
             sequence.scheduled = n
             items.append((sequence, n))
@@ -81,17 +87,18 @@ class PrefillScheduler:
         if not items:
             return None
         self._num_batches += 1
-        batch = Batch(self._num_batches, items)
-        self._in_flight.append(batch)
-        return batch
+        self._num_running += len(items)
+        return Batch(self._num_batches, items)
 
     def repeats(self, batch: Batch) -> int:
         return 1  # a prompt is computed once
 
     def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
         assert times == 1, f"a prefill batch is executed once, not {times} times"
-        first = self._in_flight.pop(0)
-        assert batch.id == first.id, f"batch {batch.id} completes before batch {first.id}, which was made earlier"
+        self._num_completed += 1
+        due = self._num_completed
+        assert batch.id == due, f"batch {batch.id} completes before batch {due}, which was made earlier"
+        self._num_running -= len(batch.others)
         outcome, ended = Outcome(), result.ended
         for sequence, n in batch.others:
             self._num_pending_tokens -= n
@@ -153,7 +160,7 @@ class PrefillScheduler:
         return outcome
 
     def _lease(self, sequence: Sequence, now: float) -> None:
-        sequence.lease = now + self.policy.lease
+        sequence.lease = now + self._lease_seconds
         self._leases.append((sequence.lease, sequence))
 
     def _release(self, sequence: Sequence, outcome: Outcome) -> None:
@@ -171,7 +178,7 @@ class PrefillScheduler:
         return Load(
             num_queued=self._num_queued,
             num_queued_tokens=self._num_pending_tokens,
-            num_running=sum([len(batch.others) for batch in self._in_flight]),
+            num_running=self._num_running,
             num_held=self._num_held,
             num_free_blocks=self.pool.num_free,
             num_blocks=self.pool.num_blocks,
@@ -180,5 +187,5 @@ class PrefillScheduler:
 
     def _forget(self, sequence: Sequence) -> Sequence:
         del self._sequences[sequence.id]
-        self.pool.free(sequence.blocks)
+        self.pool.take_back(sequence)
         return sequence

@@ -6,63 +6,60 @@ from __future__ import annotations
 class Event:
     """Something that is planned. A kind of event says what happens."""
 
-    __slots__ = ("order", "time")
+    __slots__ = ("child", "order", "sibling", "time")
 
     def __init__(self) -> None:
         self.time = 0.0
         self.order = 0  # among those of the same time
+        self.child: Event | None = None  # in a heap: the first of those that come after it
+        self.sibling: Event | None = None  # and the next of those that come after the same one
 
     def happen(self, now: float) -> None:
         raise NotImplementedError
 
 
-class Heap:
-    """Events, the first of them at hand. (`heapq` would need a tuple for each.)"""
+def _meld(one: Event, other: Event) -> Event:
+    """Two heaps become one, under the earlier of both."""
+    if other.time < one.time or (other.time == one.time and other.order < one.order):
+        one, other = other, one
+    other.sibling = one.child
+    one.child = other
+    return one
 
-    __slots__ = ("_events",)
+
+class Heap:
+    """Events, the first of them at hand: a pairing heap (Fredman et al., 1986), whose links lie in the events."""
+
+    __slots__ = ("_first",)
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._first: Event | None = None
 
-    def __len__(self) -> int:
-        return len(self._events)
-
-    def first(self) -> Event:
-        return self._events[0]
+    def first(self) -> Event | None:
+        return self._first
 
     def push(self, event: Event) -> None:
-        events, time, order = self._events, event.time, event.order
-        events.append(event)
-        at = len(events) - 1
-        while at > 0:
-            above = (at - 1) >> 1
-            other = events[above]
-            if other.time < time or (other.time == time and other.order < order):
-                break
-            events[at] = other
-            at = above
-        events[at] = event
+        first = self._first
+        self._first = event if first is None else _meld(first, event)
 
-    def pop(self) -> Event:
-        events = self._events
-        last = events.pop()
-        if not events:
-            return last
-        first, size, time, order = events[0], len(events), last.time, last.order
-        at, below = 0, 1
-        while below < size:
-            other = events[below]
-            if below + 1 < size:
-                sibling = events[below + 1]
-                if sibling.time < other.time or (sibling.time == other.time and sibling.order < other.order):
-                    other = sibling
-                    below += 1
-            if time < other.time or (time == other.time and order < other.order):
-                break
-            events[at] = other
-            at, below = below, 2 * below + 1
-        events[at] = last
-        return first
+    def pop(self) -> None:
+        """The first leaves."""
+        first = self._first
+        assert first is not None, "nothing is planned"
+        child, first.child = first.child, None
+        pairs: Event | None = None
+        rest: Event | None
+        while child is not None:  # in pairs, left to right
+            pair, sibling, rest = child, child.sibling, None
+            if sibling is not None:
+                rest = sibling.sibling
+                pair = _meld(child, sibling)
+            pair.sibling, pairs, child = pairs, pair, rest
+        whole: Event | None = None
+        while pairs is not None:  # and the pairs right to left
+            rest, pairs.sibling = pairs.sibling, None
+            whole, pairs = pairs if whole is None else _meld(pairs, whole), rest
+        self._first = whole
 
 
 class Events:
@@ -85,7 +82,10 @@ class Events:
     def run(self, until: float) -> None:
         """Lets everything happen that is planned for `until` or earlier, or until `stopped`."""
         heap = self._heap
-        while len(heap) and heap.first().time <= until and not self.stopped:
-            event = heap.pop()
+        while not self.stopped:
+            event = heap.first()
+            if event is None or event.time > until:
+                return
+            heap.pop()
             self.now = event.time
             event.happen(event.time)

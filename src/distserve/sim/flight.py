@@ -95,7 +95,7 @@ class Ends:
             heap.push(_End(known(sequence), ticks + known(sequence).left()))
         while True:
             end = heap.first()
-            assert isinstance(end, _End)
+            assert isinstance(end, _End), "whoever is in lockstep ends"
             if self._is_true(end):
                 return int(end.time) - ticks
             heap.pop()
@@ -104,12 +104,14 @@ class Ends:
         """Ids of those that end at this tick or before, who are then forgotten."""
         heap = self._heap
         found: list[int] = []
-        while len(heap) and heap.first().time <= tick:
-            end = heap.pop()
+        while True:
+            end = heap.first()
+            if end is None or end.time > tick:
+                return found
             assert isinstance(end, _End)
+            heap.pop()
             if self._is_true(end) and end.sequence.id not in found:  # who left and came back is here twice
                 found.append(end.sequence.id)
-        return found
 
     def _is_true(self, end: _End) -> bool:
         """It may have left since, and come back behind the others."""

@@ -9,7 +9,7 @@ touches the instance meanwhile (`settle`) cuts it after the step that runs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Final
 
 from distserve.costs.base import Engine
@@ -32,11 +32,11 @@ class _Ended:
 
     __slots__ = ("ended",)
 
-    def __init__(self, ended: Collection[int]) -> None:
+    def __init__(self, ended: list[int]) -> None:
         self.ended = ended
 
 
-_NOBODY = _Ended(())
+_NOBODY: Final = _Ended([])
 _NOTHING: Final = 0  # what an instance does, as its neighbours feel it
 _PROMPTS: Final = 1
 _DECODES: Final = 2
@@ -124,7 +124,8 @@ class Instance(Crew):
         self._token_bytes = token_bytes
         self._prefill = scheduler if isinstance(scheduler, PrefillScheduler) else None
         self._decode = scheduler if isinstance(scheduler, DecodeScheduler) else None
-        self._flights: list[Flight] = []
+        self._num_flights = 0
+        self._run: Flight | None = None  # the one that takes several steps; it is then the only one
         self._free = 0.0  # when the host may prepare another batch
         self._stages = [0.0] * latency.pp  # when each is free
         self._woken = -1.0  # a kick is planned for then
@@ -154,9 +155,9 @@ class Instance(Crew):
     def look(self, now: float) -> None:
         """Something may have changed what can run."""
         poll = self._poll
-        if poll and not self._flights and not self._stalled:
+        if poll and not self._num_flights and not self._stalled:
             self._wake(now + poll - (now - self._idle_since) % poll)
-        elif not (self._flights and self._stalls):
+        elif not (self._num_flights and self._stalls):
             self._kick(now)
 
     def pull_ended(self, sequence: Imagined, now: float) -> None:
@@ -179,9 +180,11 @@ class Instance(Crew):
 
     def settle(self, now: float) -> None:
         """Brings the scheduler to `now`: the steps that are over are completed, the one that runs will end alone."""
-        if not self._flights or self._flights[0].times == 1:
+        flight = self._run
+        if flight is None:
             return
-        flight = self._flights.pop()
+        self._run = None
+        self._num_flights -= 1
         flight.void = True
         done = flight.steps_by(now)
         batch, start = flight.batch, flight.start
@@ -212,8 +215,8 @@ class Instance(Crew):
 
     def _kick(self, now: float) -> None:
         """Starts whatever can start."""
-        flights, decode = self._flights, self._decode
-        while not self._stalled and len(flights) < self._pp:
+        decode = self._decode
+        while not self._stalled and self._num_flights < self._pp:
             if self._free > now:
                 self._wake(self._free)
                 return
@@ -221,7 +224,7 @@ class Instance(Crew):
                 return
             batch = self.scheduler.next_batch(now)
             if batch is None:
-                if not flights:
+                if not self._num_flights:
                     self._idle_since = now
                     self._do(_NOTHING, now)
                 return
@@ -269,7 +272,9 @@ class Instance(Crew):
         return slowed
 
     def _take_off(self, flight: Flight, end: float) -> None:
-        self._flights.append(flight)
+        self._num_flights += 1
+        if flight.times > 1:
+            self._run = flight
         self._events.at(end, flight)
 
     def _launch_run(self, batch: Batch, now: float, times: int) -> None:
@@ -327,11 +332,11 @@ class Instance(Crew):
         return ends
 
     def ended(self, flight: Flight, now: float) -> None:
-        self._flights.pop(0)
+        self._num_flights -= 1
+        self._run = None
         times = flight.times
         self._count(flight, times, now)
-        last = self._whose_last(flight)
-        outcome = self.scheduler.complete(flight.batch, _Ended(last) if last else _NOBODY, now, times)
+        outcome = self.scheduler.complete(flight.batch, self._whose_last(flight), now, times)
         if self._reports:
             self._report = self.scheduler.load()
         self._tell(outcome, flight.prompts, now)
@@ -348,17 +353,19 @@ class Instance(Crew):
             if sequence.life.first == NEVER and sequence.num_tokens - sequence.num_computed == 1:
                 self._remnants.append(sequence)
 
-    def _whose_last(self, flight: Flight) -> list[int]:
-        """Ids of those who end with this flight's last step."""
+    def _whose_last(self, flight: Flight) -> _Ended:
+        """Those who end with this flight's last step."""
         batch = flight.batch
         lockstep = batch.lockstep
+        ended = _NOBODY
         if lockstep is not None and flight.remaining <= flight.times:
-            ended = self._ends_of(lockstep).by(lockstep.ticks + flight.times)
-        else:
-            ended = []
-        for sequence, n in batch.others:
-            if known(sequence).left() <= 1 and sequence.num_computed + n >= sequence.num_tokens:
-                ended.append(sequence.id)
+            ended = _Ended(self._ends_of(lockstep).by(lockstep.ticks + flight.times))
+        for scheduled, n in batch.others:
+            sequence = known(scheduled)
+            if sequence.left() <= 1 and sequence.num_computed + n >= sequence.num_tokens:
+                if ended is _NOBODY:
+                    ended = _Ended([])
+                ended.ended.append(sequence.id)
         return ended
 
     def _tell(self, outcome: Outcome, prompts: bool, now: float) -> None:

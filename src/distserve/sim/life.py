@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from distserve.metrics import OK, Record, tpot
 from distserve.sched.base import Sequence
 from distserve.traces import Arrival
 
-NEVER = float("inf")
+NEVER: Final = float("inf")
 
 
 class Life:

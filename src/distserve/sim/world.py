@@ -4,6 +4,7 @@ instance a request goes to is the router's choice, in both."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from distserve.cluster import Cluster, node_of
 from distserve.costs.base import Costs, Engine, Neighbour
@@ -21,7 +22,7 @@ from distserve.sim.instance import Instance, Surroundings, Trace
 from distserve.sim.life import NEVER, Imagined, Life
 from distserve.sim.pulls import Pull, Pulls, Way
 
-WHOLE = 1 << 20  # tokens; as many as a sequence may have
+WHOLE: Final = 1 << 20  # tokens; as many as a sequence may have
 
 
 class _Member:
