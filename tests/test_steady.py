@@ -34,7 +34,7 @@ def test_too_much_load_grows_and_little_does_not() -> None:
 @pytest.mark.parametrize(
     ("number", "load", "least", "most"),
     [
-        # can be borne (to compare the last third with the first alone gives 0.10, 0.23 and 0.31 of false alarms at 1000)
+        # can be borne (the last third beside the first alone gives 0.10, 0.23 and 0.31 of false alarms at 1000)
         (1000, 0.7, 0.0, 0.06),
         (1000, 0.9, 0.0, 0.12),
         (1000, 0.95, 0.0, 0.25),
