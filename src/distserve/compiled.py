@@ -49,6 +49,7 @@ MODULES: Final = (
     "sim.life",
     "sim.pulls",
     "sim.swap",
+    "sim.weather",
     "sim.world",
 )
 # What they import and what stays interpreted: its types are compiled in.

@@ -26,7 +26,8 @@ from distserve.profiler.place import places
 from distserve.profiler.workers import WorkerDied, Workers
 
 SHORT = ["--time", "10", "--longest", "448", "--kv-memory", "8MiB", "--dtype", "float32"]
-LARGER: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}  # so that pulls take their time
+# So that pulls take their time:
+LARGER: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 from tests.validate.support import MODEL, load_costs, run_of, write_costs
 
+from distserve.costs.base import Pace, Weather
+from distserve.metrics import default_warmup
 from distserve.plan import Role
 from distserve.sim.simulate import imagine
-from distserve.validate import grid, weather
+from distserve.validate import grid, others
 from distserve.validate.compare import judged, lived
-from distserve.validate.explain import STEP, Slower, as_measured, steps
+from distserve.validate.explain import STEP, as_measured, expected, steps
 from distserve.validate.record import Key, Measured
+from distserve.validate.steps import Step
 from distserve.workload import Workload
 
 CHAT = Workload.load("sharegpt").scaled(0.25, 0.25)
@@ -49,27 +52,52 @@ def test_a_server_that_tells_nothing_explains_nothing(tmp_path: Path) -> None:
     assert as_measured(run, plan, costs) is None
 
 
-def test_slower_costs_are_the_same_but_for_their_steps(tmp_path: Path) -> None:
+def test_a_slow_spell_is_found_in_the_steps_and_lived_through_again(tmp_path: Path) -> None:
+    """What the twin is told of each step is enough to imagine the very run: nothing else was different."""
     costs = load_costs(write_costs(tmp_path / "costs.json"))
-    slower = Slower(costs, {"prefill": 2.0, "decode": 3.0})
-    known, found = costs.latency(1, 1).coefficients, slower.latency(1, 1).coefficients
-    assert found.prompts(100, 10_000) == pytest.approx(2 * known.prompts(100, 10_000))
-    assert found.decodes(8, 900) == pytest.approx(3 * known.decodes(8, 900))
-    assert slower.kv_blocks(1, 1) == costs.kv_blocks(1, 1)
-    assert slower.degrees() == costs.degrees()
-    assert slower.notes(1, 1, 1) == costs.notes(1, 1, 1)
-    assert slower.assumed_cluster(2) == costs.assumed_cluster(2)
+    plan = grid.pinned(grid.PLANS["1p1d"], costs, MODEL, "cpu")
+    drawn = CHAT.draw(2.0, 120)
+    spells = {
+        "prefill-0": Weather((Pace(0.0, 1.0, 1.0), Pace(20.0, 3.0, 1.0), Pace(30.0, 1.0, 1.0))),
+        "decode-0": Weather((Pace(0.0, 1.0, 1.1), Pace(35.0, 1.0, 1.6))),
+    }
+    real = imagine(plan, drawn, costs, weather=spells)
+    coefficients = costs.latency(1, 1).coefficients
+    told = {
+        name: tuple(
+            Step(pace.at, coefficients.prompts(64, 4096) * pace.prompts, 64, 4096, 0, 0)
+            if name == "prefill-0"
+            else Step(pace.at, coefficients.decodes(3, 90) * pace.decodes, 0, 0, 3, 90)
+            for pace in weather.paces
+        )
+        for name, weather in spells.items()
+    }
+    key = Key("1p1d", "chat", 2.0, 0, 0)
+    run = Measured(key, default_warmup(drawn.span), real.end, real.records, steps=told)
+    found = as_measured(run, plan, costs)
+    assert found is not None
+    assert [r.ttft for r in found.records] == pytest.approx([r.ttft for r in real.records])
+    assert [r.tpot for r in found.records] == pytest.approx([r.tpot for r in real.records])
+    blind = imagine(plan, drawn, costs)
+    assert max(r.ttft or 0.0 for r in blind.records) < 0.7 * max(r.ttft or 0.0 for r in real.records)
 
 
-def test_the_weather_knows_its_own_from_others() -> None:
-    before = weather.look(os.getsid(0))
+def test_a_step_of_stages_took_all_of_them(tmp_path: Path) -> None:
+    costs = load_costs(write_costs(tmp_path / "costs.json"))
+    one, two = costs.latency(1, 1), costs.latency(1, 2)
+    for step in (Step(0, 1, 64, 4096, 0, 0), Step(0, 1, 0, 0, 5, 400), Step(0, 1, 64, 4096, 5, 400)):
+        assert expected(two, step) == pytest.approx(2 * two.share * expected(one, step))
+
+
+def test_the_clocks_know_its_own_from_others() -> None:
+    before = others.look(os.getsid(0))
     if before is None:
         pytest.skip("this system tells no processor times")
     total = sum(range(3_000_000))
-    after = weather.look(os.getsid(0))
+    after = others.look(os.getsid(0))
     assert total
     assert after is not None
     assert after.ours > before.ours
-    assert set(weather.between(before, after)) == {"others", "stolen"}
-    assert weather.look(None) is None
-    assert weather.between(None, after) == {}
+    assert set(others.between(before, after)) == {"others", "stolen"}
+    assert others.look(None) is None
+    assert others.between(None, after) == {}

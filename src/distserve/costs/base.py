@@ -34,7 +34,10 @@ class Weather:
     through it over and over, each instance from another moment on."""
 
     paces: tuple[Pace, ...] = ()  # by time, the first at 0; (): always as fast as its costs say
-    span: float = 0.0  # seconds that were watched
+    span: float = 0.0  # seconds that were watched; 0: the last pace holds for ever
+
+
+FAIR = Weather()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Engine:
     micro_batches: Literal["even", "joined"] = "even"
     prefill_beside: Neighbour = field(default_factory=Neighbour)  # of steps with prompts
     decode_beside: Neighbour = field(default_factory=Neighbour)
-    weather: Weather = field(default_factory=Weather)
+    weather: Weather = FAIR
 
 
 class Costs(Protocol):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from distserve.costs import fit
-from distserve.costs.base import Engine, Pace, Weather
+from distserve.costs.base import FAIR, Engine, Pace, Weather
 from distserve.costs.checks import Wrong, keys, mapping, number, overlay, parts, rows, seconds, show, whole
 from distserve.costs.fit import DecodePoint, Error, MixedPoint, PromptPoint
 from distserve.costs.latency import Coefficients, DecodeLine, PrefillLine
@@ -143,7 +143,7 @@ def _contents(table: Any) -> Contents:
     if not _DATE.fullmatch(table["date"]):
         raise Wrong(f"date = {show(table['date'])}: must be a day such as 2024-05-01")
     engine = overlay("engine", Engine(), table.get("engine", {}), _MAY_BE_ZERO)
-    engine = replace(engine, weather=_weather(table["weather"]) if "weather" in table else Weather())
+    engine = replace(engine, weather=_weather(table["weather"]) if "weather" in table else FAIR)
     for phase in ("prefill_beside", "decode_beside"):
         for neighbour, share in asdict(getattr(engine, phase)).items():
             number(f"engine: {phase}: {neighbour}", share, least=1.0)

@@ -23,6 +23,7 @@ from distserve.sim.events import Event, Events
 from distserve.sim.flight import Crew, Ends, Flight, known
 from distserve.sim.life import NEVER, Imagined
 from distserve.sim.swap import kept, swapped
+from distserve.sim.weather import Weather
 
 Trace = Callable[[str, float, list[tuple[int, int]]], None]  # (instance, start, [(sequence, tokens)])
 
@@ -114,6 +115,7 @@ class Instance(Crew):
         self.scheduler = scheduler
         self.usage = Usage()
         self.trace: Trace | None = None
+        self.weather: Weather | None = None  # its device is not always as fast as it can be
         self._latency = latency
         self._pp = latency.pp
         self._stalls: bool = engine.pulls_stall
@@ -288,7 +290,12 @@ class Instance(Crew):
         if run.steps < times:
             times = int(run.steps)
         slowed = self._slowed(self._decodes_beside) if self._neighbours else 1.0
+        weather = self.weather
+        if weather is not None:
+            slowed *= weather.slows(now, False)
         flight.times, flight.seconds, flight.growth = times, run.seconds * slowed, run.growth * slowed
+        if weather is not None and flight.time_of(times) > weather.until:  # another pace from the next step on
+            flight.times = times = flight.steps_by(weather.until) + 1
         self._take_off(flight, flight.time_of(times))
         self.usage.saw(0, num, context + num * (times - 1))
         self._do(_DECODES, now)
@@ -313,6 +320,8 @@ class Instance(Crew):
         self.usage.saw(tokens, num, context)
         if self._neighbours:
             stage *= self._slowed(self._prompts_beside if tokens else self._decodes_beside)
+        if self.weather is not None:
+            stage *= self.weather.slows(now, tokens > 0)
         host += swap
         time = self._free = now + host
         stages = self._stages

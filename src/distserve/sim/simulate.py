@@ -6,12 +6,12 @@ imagine(plan, workload, costs)  -> Imagination       the same, and every request
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from distserve.cluster import Cluster
-from distserve.costs.base import Costs
+from distserve.costs.base import Costs, Weather
 from distserve.errors import WorkloadError
 from distserve.metrics import SLO, Record, Report, Targets, default_warmup, report
 from distserve.plan import Plan
@@ -75,16 +75,19 @@ def imagine(
     admission: AdmissionPolicy | None = None,
     trace: Trace | None = None,
     stop: Callable[[Life], bool] | None = None,
+    weather: Mapping[str, Weather] | None = None,
 ) -> Imagination:
     """Lives every request of a workload that has arrival times. `cluster`: the links that KV moves over (None: nodes of
     eight devices as their vendor builds them). `admission`: what the gateway lets in. `trace` hears of every batch.
-    `stop`, asked as each request ends, ends the run: requests that were not over are "unfinished".
+    `stop`, asked as each request ends, ends the run: requests that were not over are "unfinished". `weather`, by
+    instance, takes the place of what the costs have seen.
 
     Raises `PlanError` where an instance does not fit its devices or nothing is known of its parallelism,
     `WorkloadError` where the workload has no times."""
     if not workload.timed:
         raise WorkloadError(f"{workload.name} has no arrival times: draw them with a rate")
-    return live(plan, lives_of(workload), costs, cluster=cluster, admission=admission, trace=trace, stop=stop)
+    world = World(plan, costs, cluster=cluster, admission=admission, trace=trace, weather=weather)
+    return _lived(world, lives_of(workload), stop)
 
 
 def live(
@@ -98,7 +101,10 @@ def live(
     stop: Callable[[Life], bool] | None = None,
 ) -> Imagination:
     """The same of lives that are about to begin, in order of arrival; they are lived."""
-    world = World(plan, costs, cluster=cluster, admission=admission, trace=trace)
+    return _lived(World(plan, costs, cluster=cluster, admission=admission, trace=trace), lives, stop)
+
+
+def _lived(world: World, lives: list[Life], stop: Callable[[Life], bool] | None) -> Imagination:
     end = world.run(lives, stop)
     return Imagination(
         lives=tuple(lives),

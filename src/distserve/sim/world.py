@@ -3,10 +3,11 @@ instance a request goes to is the router's choice, in both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from distserve.cluster import Cluster, node_of
+from distserve.costs import base
 from distserve.costs.base import Costs, Engine, Neighbour
 from distserve.costs.memory import kv_token_bytes
 from distserve.costs.network import Links
@@ -21,8 +22,10 @@ from distserve.sim.events import Event, Events
 from distserve.sim.instance import Instance, Surroundings, Trace
 from distserve.sim.life import NEVER, Imagined, Life
 from distserve.sim.pulls import Pull, Pulls, Way
+from distserve.sim.weather import Weather
 
 WHOLE: Final = 1 << 20  # tokens; as many as a sequence may have
+GOLDEN: Final = (5**0.5 - 1) / 2  # multiples of it, less their whole parts, lie far apart however many there are
 
 
 class _Member:
@@ -78,6 +81,7 @@ class World(Surroundings):
         cluster: Cluster | None = None,
         admission: AdmissionPolicy | None = None,
         trace: Trace | None = None,
+        weather: Mapping[str, base.Weather] | None = None,
     ) -> None:
         self.events = Events()
         self._costs = costs
@@ -110,6 +114,7 @@ class World(Surroundings):
             (self._decode if replica.role is Role.DECODE else self._first)[replica.name] = member
         if self._engine.prefill_beside != Neighbour() or self._engine.decode_beside != Neighbour():
             self._introduce()
+        self._expose(weather)
         # Where there is no choice, nobody need be asked: it would cost more than the rest of a request's simulation.
         self._only_first = next(iter(self._first.values())) if len(self._first) == 1 else None
         self._only_decode = next(iter(self._decode.values())) if len(self._decode) == 1 else None
@@ -247,6 +252,14 @@ class World(Surroundings):
                 nodes = [node_of(self._seats[each.name].devices[0]) for each in (one, other)]
                 if one is not other and nodes[0] == nodes[1]:
                     one.meet(other)
+
+    def _expose(self, weather: Mapping[str, base.Weather] | None) -> None:
+        """Each instance to its own weather, or to what its costs have seen: not all to the same at the same time."""
+        for number, instance in enumerate(self.instances):
+            watched = self._engine.weather if weather is None else weather.get(instance.name, base.FAIR)
+            if watched.paces:
+                phase = number * GOLDEN % 1.0 * watched.span if weather is None else 0.0
+                instance.weather = Weather(watched, phase)
 
     def _way(self, source: str, target: str) -> Way:
         return self._pulls.way(self._links.route(self._costs.spec, self._seats[source], self._seats[target]))

@@ -22,7 +22,7 @@ from distserve.costs.base import Costs
 from distserve.metrics import SLO, Record, Report, report
 from distserve.plan import Plan
 from distserve.sim.simulate import Imagination, imagine
-from distserve.validate.explain import Steps, as_measured, steps
+from distserve.validate.explain import Mean, as_measured, steps
 from distserve.validate.record import Measured
 
 STEEP = (0.05, 0.95)  # attainments between which a small change of the load is a large one of the answer
@@ -83,7 +83,7 @@ class Cell:
         return None if self.with_its_steps is None else self.with_its_steps.attainment.joint - self.attainment
 
     @property
-    def steps(self) -> dict[str, Steps]:
+    def steps(self) -> dict[str, Mean]:
         """By role, of the first run."""
         return steps(self.runs.measured[0], self.runs.imagined)
 

@@ -1,30 +1,29 @@
 """Where a prediction's error comes from: the steps themselves, or what is made of them.
 
-The server counts its steps and their seconds by role (/metrics). Beside the imagined steps of the same role they tell
-how far the machine was from its costs during that very run; and where the run is imagined once more with steps as long
-as they were, what error is left is that of queues, batches, pulls, gateway and client. Knows no server.
+The server tells of each step what it computed and how long that took (`serve --record-steps`), or at least the sums by
+role (/metrics). Beside what the costs say they tell how fast the machine was, moment by moment, during that very run;
+and where the run is imagined once more on such a machine, what error is left is that of queues, batches, pulls, gateway
+and client. Knows no server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from distserve.cluster import Cluster
-from distserve.costs.base import Costs
-from distserve.costs.latency import Coefficients, DecodeLine, Latency, Points, PrefillLine
+from distserve.costs.base import Costs, Pace, Weather
+from distserve.costs.latency import Latency
 from distserve.plan import Plan, Role
 from distserve.sim.simulate import Imagination, imagine
 from distserve.validate.record import Measured
+from distserve.validate.steps import Step, Steps
 
 STEP = "distserve:step_seconds"
 _TIMES = 3  # that factors are found anew: longer steps make larger batches
-_ALONE = (Role.PREFILL, Role.DECODE)
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
-    """Of one role."""
+class Mean:
+    """Of the steps of one role."""
 
     measured: float  # seconds of the mean step
     predicted: float
@@ -35,7 +34,7 @@ class Steps:
         return self.measured / self.predicted
 
 
-def steps(run: Measured, imagined: Imagination) -> dict[str, Steps]:
+def steps(run: Measured, imagined: Imagination) -> dict[str, Mean]:
     """By role, of those that both worlds have steps of."""
     found = {}
     for role in map(str, Role):
@@ -44,12 +43,15 @@ def steps(run: Measured, imagined: Imagination) -> dict[str, Steps]:
         number = sum(usage.steps for usage in mine)
         if count and number:
             busy = sum(usage.busy for usage in mine)
-            found[role] = Steps(run.server[f"{STEP} {role} sum"] / count, busy / number)
+            found[role] = Mean(run.server[f"{STEP} {role} sum"] / count, busy / number)
     return found
 
 
 def as_measured(run: Measured, plan: Plan, costs: Costs) -> Imagination | None:
-    """The run imagined with steps as long as its own were, on average by role; None: the server did not tell."""
+    """The run imagined on a machine as fast, at each moment, as its own was; where only the sums of the steps are
+    known, as fast as it was on average, by role. None: the server did not tell."""
+    if run.steps:
+        return imagine(plan, run.workload(), costs, weather=weather(run.steps, plan, costs))
     factors: dict[str, float] = {}
     imagined = imagine(plan, run.workload(), costs)
     for _ in range(_TIMES):
@@ -57,43 +59,42 @@ def as_measured(run: Measured, plan: Plan, costs: Costs) -> Imagination | None:
         if not found:
             return None
         factors = {role: factors.get(role, 1.0) * each.ratio for role, each in found.items()}
-        imagined = imagine(plan, run.workload(), Slower(costs, factors))
+        always = {
+            replica.name: Weather((Pace(0.0, *[factors.get(replica.role, 1.0)] * 2),)) for replica in plan.replicas()
+        }
+        imagined = imagine(plan, run.workload(), costs, weather=always)
     return imagined
 
 
-class Slower:
-    """Costs (`base.Costs`) whose steps take so many times as long: those with prompts, and those that decode."""
-
-    def __init__(self, costs: Costs, factors: Mapping[str, float]) -> None:
-        self.name, self.spec, self.dtype, self.engine = costs.name, costs.spec, costs.dtype, costs.engine
-        self._costs = costs
-        both = factors.get(Role.COLOCATED, 1.0)
-        self._prompts, self._decodes = (factors.get(role, both) for role in _ALONE)
-
-    def latency(self, tp: int, pp: int) -> Latency:
-        known = self._costs.latency(tp, pp)
-        return replace(known, coefficients=self._scaled(known.coefficients))
-
-    def _scaled(self, known: Coefficients) -> Coefficients:
-        return Coefficients(
-            tuple(PrefillLine(*(self._prompts * value for value in line)) for line in known.prefill),
-            tuple(DecodeLine(line.from_batch, *(self._decodes * value for value in line[1:])) for line in known.decode),
-            tuple((key, _times(points, self._prompts)) for key, points in known.prefill_rest),
-            tuple((key, _times(points, self._decodes)) for key, points in known.decode_rest),
-        )
-
-    def kv_blocks(self, tp: int, pp: int, kv_memory: int | float | None = None) -> int:
-        return self._costs.kv_blocks(tp, pp, kv_memory)
-
-    def degrees(self) -> tuple[int, ...]:
-        return self._costs.degrees()
-
-    def assumed_cluster(self, num_devices: int) -> Cluster:
-        return self._costs.assumed_cluster(num_devices)
-
-    def notes(self, tokens: int, batch: int, context: int) -> list[str]:
-        return self._costs.notes(tokens, batch, context)
+def weather(known: Steps, plan: Plan, costs: Costs) -> dict[str, Weather]:
+    """Of each instance: how many times as long as its costs say a step took, from step to step. What a step of the
+    other kind would have taken is what the last of that kind did."""
+    found = {}
+    for replica in plan.replicas():
+        latency = costs.latency(replica.spec.tp, replica.spec.pp)
+        prompts = decodes = 1.0
+        paces = [Pace(0.0, prompts, decodes)]
+        for step in sorted(known.get(replica.name, ())):
+            times = step.seconds / expected(latency, step)
+            if step.prompt_tokens:
+                prompts = times
+            else:
+                decodes = times
+            at = max(0.0, step.began)
+            if at == paces[-1].at:
+                paces.pop()
+            paces.append(Pace(at, prompts, decodes))
+        found[replica.name] = Weather(tuple(paces))
+    return found
 
 
-def _times(points: Points, factor: float) -> Points:
-    return tuple((x, factor * y) for x, y in points)
+def expected(latency: Latency, step: Step) -> float:
+    """Seconds of the device, by its costs; of all stages one after the other."""
+    coefficients, pp = latency.coefficients, latency.pp
+    if not step.prompt_tokens:
+        seconds = coefficients.decodes(step.sequences, step.context)
+    elif step.sequences:
+        seconds = coefficients.mixed(step.prompt_tokens, step.prompt_squares, step.sequences, step.context)
+    else:
+        seconds = coefficients.prompts(step.prompt_tokens, step.prompt_squares)
+    return pp * (seconds * latency.share + latency.handover) if pp > 1 else seconds
