@@ -178,32 +178,33 @@ def _closer(
 
 
 async def neighbours(workers: Sequence[Remote], within: Range, found: Findings, budget: Budget) -> None:
-    """A second of each in turns, alone between any two: what slows the machine for longer falls on all of them."""
+    """A second of each in turns, alone between any two: what slows the machine for longer falls on all of them. Every
+    step counts for itself, so that its quick ones can be told from those of a slow spell."""
     mine, other = workers
     lm = found.knee(within.longest_prompt)
     works: dict[str, Work] = {"prefill": Prompts([lm]), "decode": Decodes(*grid.typical_decode(within), STEPS)}
     pairs = [(phase, theirs) for theirs in works for phase in works]
     while True:
         for phase, theirs in pairs:
-            quiet = await _spell(mine, works[phase], _SPELL / 2)
+            quiet = await _spell(mine, works[phase], _SPELL / 2)  # alone as often as beside each of two
             await other.begin(works[theirs])
             await asyncio.sleep(_WARM)
             beside = await _spell(mine, works[phase], _SPELL)
             await other.end()
-            found.quiet.setdefault(phase, Series()).values.append(quiet)
-            found.beside.setdefault((phase, theirs), Series()).values.append(beside)
+            found.quiet.setdefault(phase, Series()).values += quiet
+            found.beside.setdefault((phase, theirs), Series()).values += beside
             budget.tick()
             if budget.over() and len(found.beside) == len(pairs):
                 return
 
 
-async def _spell(worker: Remote, work: Work, seconds: float) -> float:
-    """The mean step of so many seconds."""
+async def _spell(worker: Remote, work: Work, seconds: float) -> list[float]:
+    """The steps of so many seconds."""
     took: list[float] = []
     end = time.monotonic() + seconds
     while not took or time.monotonic() < end:
         took += (await worker.time(work)).seconds
-    return sum(took) / len(took)
+    return took
 
 
 async def pulls(workers: Sequence[Remote], within: Range, found: Findings, budget: Budget) -> None:
