@@ -29,8 +29,8 @@ from distserve.profiler.series import Series
 from distserve.profiler.survey import Survey, settle
 from distserve.profiler.workers import Remote
 
-STEPS, FEWEST_STEPS = 4, 2  # of a visit
-VISIT = 0.12  # seconds of a visit, if steps are short: rather many visits than long ones
+STEPS, FEWEST_STEPS = 8, 2  # of a visit
+VISIT = 0.15  # seconds of a visit, if steps are short: rather many visits than long ones
 DOUBTS = 3  # more visits to a point that the others contradict
 GOOD_MEAN, GOOD_WORST = 0.02, 0.06  # left-out errors of a fit that needs no more points
 SHARES = {
@@ -140,7 +140,7 @@ def _surveys(worker: Remote, found: Findings) -> tuple[Survey[Lengths], Survey[C
 
     async def decodes(cell: Cell) -> Sequence[float]:
         known = found.decodes.get(cell)
-        number = STEPS if known is None else max(FEWEST_STEPS, min(STEPS, round(VISIT / known.seconds)))
+        number = STEPS // 2 if known is None else max(FEWEST_STEPS, min(STEPS, round(VISIT / known.seconds)))
         took = await worker.ask(Decodes(*cell, number), Took)
         found.contexts.setdefault(cell, took.context)
         return took.seconds

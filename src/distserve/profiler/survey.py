@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from distserve.profiler.series import Series
@@ -66,8 +66,9 @@ class Survey(Generic[Key]):
         values = await self._measure(key)
         ended = time.perf_counter()
         self._took[key] = ended - began
-        self.series.setdefault(key, Series()).values.append(median(values))
-        self.visits.append(Visit(ended, key, fmean(values)))
+        seconds = median(values)
+        self.series.setdefault(key, Series()).values.append(seconds)
+        self.visits.append(Visit(ended, key, seconds))
 
     def seconds(self, key: Key) -> float:
         """That a visit takes, as far as is known."""

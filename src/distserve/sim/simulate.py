@@ -80,7 +80,7 @@ def imagine(
     """Lives every request of a workload that has arrival times. `cluster`: the links that KV moves over (None: nodes of
     eight devices as their vendor builds them). `admission`: what the gateway lets in. `trace` hears of every batch.
     `stop`, asked as each request ends, ends the run: requests that were not over are "unfinished". `weather`, by
-    instance, takes the place of what the costs have seen.
+    instance, takes the place of what the costs have seen, and of what neighbours do to each other.
 
     Raises `PlanError` where an instance does not fit its devices or nothing is known of its parallelism,
     `WorkloadError` where the workload has no times."""

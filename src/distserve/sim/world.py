@@ -112,7 +112,8 @@ class World(Surroundings):
             member = self._member(replica, choice)
             member.instance.trace = trace
             (self._decode if replica.role is Role.DECODE else self._first)[replica.name] = member
-        if self._engine.prefill_beside != Neighbour() or self._engine.decode_beside != Neighbour():
+        slowed = self._engine.prefill_beside != Neighbour() or self._engine.decode_beside != Neighbour()
+        if slowed and weather is None:
             self._introduce()
         self._expose(weather)
         # Where there is no choice, nobody need be asked: it would cost more than the rest of a request's simulation.
