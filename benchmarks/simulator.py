@@ -1,24 +1,28 @@
 """How fast the simulator is: requests a second of processor time, how that grows with their number, and how it compares
 with upstream's event loop on the same case.
 
-    python -m benchmarks.simulator [--requests 20000] [--rate 4.5]
+    python -m benchmarks.simulator [--requests 20000] [--rate 4.5] [--upstream CHECKOUT [--upstream-python PATH]]
 
 The case is the one upstream publishes figures for: OPT-13B on A100s, prefill tp 2, decode tp 1, ShareGPT lengths at 4.5
-requests/s. Its event loop takes 0.46 s of processor time for 1,000 requests, 1.4 s with its post-processing (LLMServe/
-DistServe, simdistserve, commit 82831f1, measured on a machine of this kind). Ours is timed the same two ways: the world
-from its first request to its last, and that with the records and the report of them. Once more it is timed with every
-step taken one by one, and as the interpreter runs it, each in a process of its own.
+requests/s. With `--upstream`, a checkout of LLMServe/DistServe, its simulator gets the same requests at the same times
+in the same run, and its processor time is compared with ours (`simulator_upstream.py`; the interpreter needs simpy,
+numpy and pandas). Without, the figures are those that it was once measured at: 0.46 s for 1,000 requests, 1.4 s with
+its post-processing (commit 82831f1, on another machine). Ours is timed the same two ways: the world from its first
+request to its last, and that with the records and the report of them. Once more it is timed with every step taken one
+by one, and as the interpreter runs it, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from distserve import compiled
 from distserve.costs.base import Costs
@@ -28,7 +32,8 @@ from distserve.sched.continuous import ContinuousScheduler
 from distserve.sim.simulate import imagine, summarize
 from distserve.workload import Workload
 
-UPSTREAM = {"event loop": 0.46, "with post-processing": 1.4}  # seconds of processor time for 1,000 requests
+UPSTREAM = {"event loop": 0.46, "with post-processing": 1.4}  # seconds of processor time for 1,000 requests, once
+UPSTREAM_REQUESTS = 2000  # some seconds' work for it
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,29 @@ def interpreted(what: str, requests: int, rate: float) -> float:
     return float(done.stdout)
 
 
+def upstream(python: str, checkout: Path, rate: float) -> dict[str, float]:
+    """Its seconds of processor time for 1,000 requests, the best of three."""
+    workload = Workload.load("sharegpt").draw(rate, UPSTREAM_REQUESTS)
+    asked = json.dumps([[r.arrival, r.prompt_tokens, r.output_tokens] for r in workload])
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("simulator_upstream.py")
+    found = []
+    for _ in range(3):
+        done = subprocess.run(
+            [python, script], input=asked, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            sys.exit(f"upstream's simulator failed: {done.stderr.strip().splitlines()[-1]}")
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return {name: min(each[name] for each in found) * 1000 / UPSTREAM_REQUESTS for name in UPSTREAM}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--rate", type=float, default=4.5)
+    parser.add_argument("--upstream", type=Path, metavar="CHECKOUT", help="of LLMServe/DistServe, to be timed beside")
+    parser.add_argument("--upstream-python", default=sys.executable, metavar="PATH", help="interpreter with simpy")
     args = parser.parse_args()
     requests = args.requests
     print("compiled" if compiled.in_use() else f"interpreted ({compiled.notice()})")
@@ -102,8 +126,11 @@ def main() -> None:
     small, _ = seconds(pair, requests // 8)
     large, whole = min(seconds(pair, requests) for _ in range(3))
     print(f"eight times the requests take {large / small:.1f} times as long (8.0 is linear)")
-    for (name, upstream), ours in zip(UPSTREAM.items(), (large, whole), strict=True):
-        print(f"upstream's {name}: {upstream * requests / 1000 / ours:.0f} times as long")
+    theirs = UPSTREAM if args.upstream is None else upstream(args.upstream_python, args.upstream, args.rate)
+    where = "on another machine" if args.upstream is None else "in this run"
+    for (name, taken), ours in zip(theirs.items(), (large, whole), strict=True):
+        times = taken * requests / 1000 / ours
+        print(f"upstream's {name}, {where}: {taken:.2f} s for 1,000 requests, {times:.0f} times as long")
     plain = interpreted("lived", requests // 4, args.rate)
     print(f"interpreted: {plain / (requests // 4) * 1e6:.0f} us a request, {4 * plain / large:.1f} times as long")
     single = interpreted("one_by_one", requests // 4, args.rate)

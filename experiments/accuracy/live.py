@@ -12,9 +12,11 @@ from statistics import fmean
 
 import matplotlib
 
+from distserve.costs.base import Costs
 from distserve.costs.choose import choose_costs
 from distserve.metrics import SLO
-from distserve.validate.compare import Cell, Comparison, compare
+from distserve.validate.compare import Capacity, Cell, Comparison, Verdict, compare
+from distserve.validate.explain import expected
 from distserve.validate.plot import picture
 from distserve.validate.record import Recording, read
 from distserve.validate.show import attainment_pair, brief, latency_pair, step_pairs
@@ -22,14 +24,14 @@ from experiments.accuracy.figures import STYLE, save
 from experiments.accuracy.tables import table
 
 DATA = Path(__file__).parents[1] / "data"
-RUNS, COSTS = DATA / "live_runs.jsonl", DATA / "live_costs.json"
+RUNS, COSTS = DATA / "live_runs.jsonl.gz", DATA / "live_costs.json"
 GOAL = 0.9
 TITLE = "# This project's own server, live"
 OPENING = f"""
 {TITLE}
 
-*This part is written from recorded runs ([live_runs.jsonl](../experiments/data/live_runs.jsonl), `distserve validate
---record`) and the costs of the machine that they were measured on
+*This part is written from recorded runs ([live_runs.jsonl.gz](../experiments/data/live_runs.jsonl.gz), `distserve
+validate --record`) and the costs of the machine that they were measured on
 ([live_costs.json](../experiments/data/live_costs.json), `distserve profile`); the simulator is run again each time.*
 
 The same requests went through `distserve serve` and through the simulator. A run lasts about {{span:.0f}} s, its first
@@ -39,11 +41,25 @@ share with them. Machine:
 - {{machine}}
 - {{versions}}
 """
-NOT_QUIET = """
-**Nothing can be said yet of how close these predictions are: while every one of the recorded runs went on, other
-programs used the same two cores.** What the runs are good for is said below: the steps were several times as long as
-the costs say, and whether the twin is right about everything but their length can be seen all the same. On a quiet
-machine `distserve validate --costs COSTS --record FILE` measures them again.
+AHEAD = """
+**Predicted ahead**, with nothing but the costs, measured before (and the machine's weather in them, below):
+"""
+AS_IT_WAS = """
+**Predicted on the machine as it was**: the same, once more, on a machine as fast at each moment of a run as the
+server's own steps say that it was; which steps there were, when, and with whom in them is the simulator's. What is
+left is the error of everything but the steps' lengths: scheduling, batches, queues, pulls, gateway and client.
+"""
+WEATHER = """
+## The machine's weather
+
+Steps of this machine do not always take equally long: {prompts} of the steps with prompts in all runs took more than
+1.5 times what the costs say, {decodes} of those that decode; by run, the former from {least} to {most}. Such spells
+last for seconds. They come with nothing else at work in this virtual machine, and they concern the matrix tiles of a
+core: beside products in these, `python -m benchmarks.weather` times products in the vector units, an interpreter and
+copies, which then take hardly longer ([Measurements](measurements.md)). So another tenant computes on the same core's
+tiles. A profile keeps what it saw of it for as long as it measured, {span:.0f} s, and the simulator lives through that
+over and over; what the weather will be in the very minute of a run nobody can say. That is the difference between the
+two tables.
 """
 NOISE = """
 Noise is how far repeated runs of the same requests lie apart, in the mean over their pairs; no prediction can be closer
@@ -53,12 +69,10 @@ CELLS = """
 Every cell, measured and predicted, and the difference: attainment in points, latencies relative to what was measured.
 """
 WHY = """
-Where an error comes from: the server counts its steps and their seconds. *Steps* compares their mean, measured and
-predicted, by role. The last two columns are errors of attainment at the first SLO, in points: as predicted, and
-predicted again with steps as long, on average, as they were in that very run. What is left then is the error of
-queues, batches, pulls, gateway and client; the difference is a machine that was slower or faster than when its costs
-were measured. *Others* is what programs that are neither server nor client used of a core meanwhile: a run with more
-than a tenth of a core of them is shown, but counts in no error above and in no capacity.
+Run by run: *steps* are the mean steps of each role, measured and predicted; the errors are of attainment at the first
+SLO, in points, predicted ahead and as it was. *Others* is what programs that are neither server nor client used of a
+core meanwhile: a run with more than a tenth of a core of them is shown, but counts in no error above and in no
+capacity.
 """
 GRID = """
 Of the grid that `distserve validate` measures unless told otherwise (three plans, three workloads, five rates each: 45
@@ -71,6 +85,7 @@ class Live:
     """What was recorded, compared."""
 
     recording: Recording
+    costs: Costs
     comparison: Comparison
 
 
@@ -82,7 +97,7 @@ def live() -> Live:
     def slos(plan: str, workload: str) -> Sequence[SLO]:
         return recording.chosen[plan, workload].slos
 
-    return Live(recording, compare(recording.runs.values(), recording.served, costs, slos, GOAL))
+    return Live(recording, costs, compare(recording.runs.values(), recording.served, costs, slos, GOAL))
 
 
 def text() -> str:
@@ -92,23 +107,26 @@ def text() -> str:
     keys = {run.key[:3] for run in recording.runs.values()}
     parts = [
         OPENING.format(span=spans[len(spans) // 2], machine=recording.machine, versions=recording.versions),
-        verdicts(comparison) if comparison.verdicts[0].cells else NOT_QUIET,
-        NOISE if comparison.verdicts[0].cells else "",
         GRID.format(cells=len(keys), runs=len(recording.runs)),
+        AHEAD,
+        verdicts(comparison.verdicts),
+        AS_IT_WAS,
+        verdicts(comparison.as_it_was),
+        NOISE,
         "![Predicted beside measured](images/accuracy-live.svg)",
         capacities(comparison),
+        weather(found),
         WHY,
         why(comparison.cells),
-        own_steps(comparison.cells),
         CELLS,
         *cells(comparison.cells),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def verdicts(comparison: Comparison) -> str:
+def verdicts(found: Sequence[Verdict]) -> str:
     rows = []
-    for each in comparison.verdicts:
+    for each in found:
         unit = "points" if each.points else "%"
         if each.mean is None or each.worst is None or each.bias is None:
             rows.append([each.what, f"{100 * each.target:.0f} {unit}", "-", "", "-", "-", "-", "0"])
@@ -130,16 +148,24 @@ def verdicts(comparison: Comparison) -> str:
 
 
 def capacities(comparison: Comparison) -> str:
+    again = {(each.plan, each.workload, each.slo): each for each in comparison.capacities_as_it_was}
     rows = []
     for each in comparison.capacities:
-        pair = [f"{rate:.2f}" if rate is not None else "-" for rate in (each.measured, each.predicted)]
-        error = "" if each.error is None else f"{100 * each.error:+.1f} %"
-        rows.append([f"{each.plan}, {each.workload}", brief(each.slo), *pair, error])
-    head = ["", "SLO (TTFT, TPOT)", "measured", "predicted", "error"]
+        mine = again.get((each.plan, each.workload, each.slo))
+        measured = f"{each.measured:.2f}" if each.measured is not None else "-"
+        rows.append([f"{each.plan}, {each.workload}", brief(each.slo), measured, _predicted(each), _predicted(mine)])
+    head = ["", "SLO (TTFT, TPOT)", "measured", "predicted ahead", "as it was"]
     words = (
         f"Rate up to which {GOAL:.0%} of the requests meet both targets, requests/s; a dash: not among the rates.\n\n"
     )
     return words + table(head, rows) if rows else ""
+
+
+def _predicted(capacity: Capacity | None) -> str:
+    if capacity is None or capacity.predicted is None:
+        return "-"
+    error = "" if capacity.error is None else f" ({100 * capacity.error:+.1f} %)"
+    return f"{capacity.predicted:.2f}{error}"
 
 
 def why(found: Sequence[Cell]) -> str:
@@ -155,28 +181,34 @@ def why(found: Sequence[Cell]) -> str:
                 "-" if cell.rest is None else f"{100 * cell.rest:+.1f}",
             ]
         )
-    return table(["", "steps", "others", "error", "with its own steps"], reversed(rows))
+    return table(["", "steps", "others", "ahead", "as it was"], reversed(rows))
 
 
-def own_steps(found: Sequence[Cell]) -> str:
-    """What can be said of every run, whatever else the machine did: the twin without its costs."""
-    known = [(cell, cell.with_its_steps) for cell in found if cell.with_its_steps is not None]
-    if not known:
-        return ""
-    attainment = fmean(abs(cell.rest) for cell, _ in known if cell.rest is not None)
-    spoiled = len({id(cell.runs) for cell, _ in known if cell.spoiled})
-    parts = []
-    for name, part in (("ttft", "p50"), ("ttft", "p90"), ("tpot", "p50"), ("tpot", "p90")):
-        errors = []
-        for cell, report in known:
-            measured, predicted = cell.latency(name, part)[0], getattr(getattr(report, name), part)
-            if measured and predicted is not None:
-                errors.append(predicted / measured - 1)
-        parts.append(f"{name.upper()} {part} {100 * fmean(map(abs, errors)):.0f} % ({100 * fmean(errors):+.0f} %)")
-    return (
-        f"Over all runs, {spoiled} of which do not count above, and predicted with each run's own mean steps: "
-        f"attainment is off by {100 * attainment:.1f} points in the mean, {', '.join(parts)} (with sign)."
+def weather(found: Live) -> str:
+    """How long the steps of the runs took, beside their costs."""
+    slow: dict[bool, list[float]] = {True: [], False: []}
+    by_run = []
+    for run in found.recording.runs.values():
+        mine: dict[bool, list[float]] = {True: [], False: []}
+        for replica in found.recording.served[run.key.plan].replicas():
+            latency = found.costs.latency(replica.spec.tp, replica.spec.pp)
+            for step in run.steps.get(replica.name, ()):
+                mine[step.prompt_tokens > 0].append(step.seconds / expected(latency, step))
+        if mine[True]:
+            by_run.append(_share_slow(mine[True]))
+        for prompts, times in mine.items():
+            slow[prompts] += times
+    return WEATHER.format(
+        prompts=f"{_share_slow(slow[True]):.0%}",
+        decodes=f"{_share_slow(slow[False]):.0%}",
+        least=f"{min(by_run):.0%}",
+        most=f"{max(by_run):.0%}",
+        span=found.costs.engine.weather.span,
     )
+
+
+def _share_slow(times: Sequence[float]) -> float:
+    return fmean(each > 1.5 for each in times)
 
 
 def cells(found: Sequence[Cell]) -> list[str]:

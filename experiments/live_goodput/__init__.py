@@ -6,6 +6,7 @@
     peers        vLLM's CPU build: two replicas, and its own prefill and decode apart
     measuring    cell after cell into a file, so that it can be stopped and go on
     results      goodput of each from what was measured, and what the planner would have chosen
+    same_weather all of ours, simulated, in the weather of every run
     figures      attainment against rate and against the scale of the targets
     page         the document
 """

@@ -34,6 +34,11 @@ class Contender:
     plan: Plan | None  # None: not ours
 
 
+def label(name: str, case: Case) -> str:
+    """Under which a contender's plan is kept: that of chunked prefill differs from case to case."""
+    return f"{name}, {case.name}"
+
+
 def contenders(case: Case, costs: Costs, names: Sequence[str]) -> list[Contender]:
     """For a case: the chunk size that is best for it is chosen by the simulator."""
     found = []

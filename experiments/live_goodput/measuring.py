@@ -28,7 +28,7 @@ from distserve.validate.live import Site
 from distserve.validate.record import Chosen, Key, Measured, Recording
 from distserve.workload import Workload
 from experiments.live_goodput.cases import DURATION, RATES, SCALES, Case
-from experiments.live_goodput.contenders import ALL, OURS, VLLM_APART, Contender, capacity, contenders, serving
+from experiments.live_goodput.contenders import ALL, OURS, VLLM_APART, Contender, capacity, contenders, label, serving
 from experiments.live_goodput.results import joint, pointless
 
 _LOWEST, _HIGHEST = 0.6, 1.25  # of the smallest and the largest capacity that is expected
@@ -113,11 +113,6 @@ def from_the_middle(rates: Sequence[float]) -> list[float]:
     """Outwards, the lower of two first."""
     middle = len(rates) // 2
     return [rates[i] for i in sorted(range(len(rates)), key=lambda i: (abs(i - middle), i))]
-
-
-def label(name: str, case: Case) -> str:
-    """Under which a contender's plan is kept: that of chunked prefill differs from case to case."""
-    return f"{name}, {case.name}"
 
 
 def _of(case: Case, costs: Costs, names: Sequence[str], recording: Recording) -> list[Contender]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 from distserve.costs.base import Costs
 from distserve.metrics import SLO
-from distserve.validate.record import Key, Recording
+from distserve.plan import Plan
+from distserve.validate.compare import judged, lived
+from distserve.validate.explain import expected
+from distserve.validate.record import Key, Measured, Recording
 from experiments.accuracy.tables import table
 from experiments.live_goodput.cases import CASES, GOAL, SCALES, Case
-from experiments.live_goodput.contenders import ALL
+from experiments.live_goodput.contenders import ALL, label
 from experiments.live_goodput.results import NEAR, Row, behind, bounds, choice, ours, pointless, ranked, rows
+from experiments.live_goodput.same_weather import in_the_same_weather
 
 IMAGE = "goodput-live.svg"
 OPENING = """# Goodput on one machine, measured
@@ -30,6 +35,15 @@ measured; {spoiled} of them do not count, because other programs used the machin
 - {machine}
 - {versions}
 """
+WEATHER = """
+**Mind the weather.** Somebody else's work on the same cores' matrix tiles makes steps with prompts two to three times
+as long for seconds at a time ([Accuracy](accuracy.md)). Of the steps with prompts more than {slow:g} times as long as
+the costs say: {shares}. Whoever was measured in a bad minute looks worse than he is, so each case has a second part:
+all of ours in the same weather, that of every colocated run, lived through by the simulator. It is good for that: over
+the {runs} runs of ours its attainment is off by {as_it_was:.1f} points in the mean when it knows how fast the machine
+was (and by {ahead:.1f} ahead).
+"""
+SLOW = 1.5
 MISSING = """
 ## What was not measured
 
@@ -56,11 +70,12 @@ def text(recording: Recording, costs: Costs, record: str) -> str:
             spoiled=sum(bool(run.spoiled) for run in recording.runs.values()),
         )
     ]
+    parts.append(_truth(recording, costs))
     if any(found for _, found in measured):
         parts.append(f"![Attainment against rate and against the scale of the targets](images/{IMAGE})")
     parts += [_case(case, found, recording, costs) for case, found in measured if found]
     parts.append(MISSING.format(missing=_missing(measured, recording), record=record))
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _case(case: Case, found: Sequence[Row], recording: Recording, costs: Costs) -> str:
@@ -78,8 +93,57 @@ def _case(case: Case, found: Sequence[Row], recording: Recording, costs: Costs) 
             _best(found, slo),
             "The planner's choice for two cores, with this machine's costs, beside the best of ours that was measured:",
             _choices(case, found, costs),
+            *_same(case, recording, costs),
         ]
     )
+
+
+def _same(case: Case, recording: Recording, costs: Costs) -> list[str]:
+    """The second look: what weather each had, and all of ours in the same."""
+    same = in_the_same_weather(case, recording, costs)
+    if not same:
+        return []
+    slo = case.slo
+    rates = [run.key.rate for run in same[0].runs]
+    by_rate = [[row.contender, *(_share(row, rate, slo) for rate in rates), bounds(row, slo)] for row in same]
+    by_scale = [[row.contender, *(bounds(row, case.scaled(scale)) for scale in SCALES)] for row in same]
+    return [
+        f"**{case.name.capitalize()} in the same weather for all, simulated**: by rate, by scale, the choice.",
+        table(["", *(f"{rate:g}/s" for rate in rates), "goodput, requests/s"], by_rate),
+        table(["", *(f"{scale:g}" for scale in SCALES)], by_scale),
+        _choices(case, same, costs),
+    ]
+
+
+def _truth(recording: Recording, costs: Costs) -> str:
+    """How close the simulator is to these runs."""
+    ahead: list[float] = []
+    as_it_was: list[float] = []
+    slow: dict[str, list[float]] = {}
+    for case in CASES:
+        for row in ours(rows(case, recording)):
+            plan = recording.served[label(row.contender, case)]
+            for run in row.runs:
+                cell = judged(lived((run,), plan, costs), case.slo)
+                if cell.rest is not None:
+                    ahead.append(abs(cell.error))
+                    as_it_was.append(abs(cell.rest))
+                    slow.setdefault(row.contender, []).extend(_slowness(run, plan, costs))
+    if not ahead:
+        return ""
+    shares = ", ".join(f"{name} {fmean(each > SLOW for each in of):.0%}" for name, of in slow.items())
+    return WEATHER.format(
+        shares=shares, slow=SLOW, ahead=100 * fmean(ahead), as_it_was=100 * fmean(as_it_was), runs=len(ahead)
+    )
+
+
+def _slowness(run: Measured, plan: Plan, costs: Costs) -> list[float]:
+    """Of each step with prompts: how many times as long as its costs say."""
+    found = []
+    for replica in plan.replicas():
+        latency, steps = costs.latency(replica.spec.tp, replica.spec.pp), run.steps.get(replica.name, ())
+        found += [step.seconds / expected(latency, step) for step in steps if step.prompt_tokens]
+    return found
 
 
 def _share(row: Row, rate: float, slo: SLO) -> str:

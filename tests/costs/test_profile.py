@@ -346,6 +346,15 @@ def test_wrong_files_are_refused(put: Callable[[dict[str, Any], Any], None], val
     assert len(str(caught.value)) < 300
 
 
+def test_a_machine_that_was_not_steady_is_said() -> None:
+    found = table()
+    found["weather"] = {"span": 10.0, "paces": [[0.0, 1.0, 1.0], [8.0, 3.0, 2.0]]}
+    costs = Profile.from_dict(found, "x").costs(next(iter(found["models"])))
+    assert costs.engine.weather.mean == pytest.approx((1.4, 1.2))
+    (note,) = [note for note in costs.notes(1, 1, 1) if "steady" in note]
+    assert "1.40 times as long as they can, those that decode 1.20 times" in note
+
+
 def test_the_file_of_the_page_is_read() -> None:
     page = (ROOT / "docs" / "reference" / "costs.md").read_text(encoding="utf-8")
     example = json.loads(page.split("```json\n")[1].split("```")[0])

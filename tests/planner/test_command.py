@@ -196,6 +196,7 @@ def test_means_are_a_workload() -> None:
     assert answer.goodput.rate > 3
     assert answer.num_devices <= 2
     assert answer.plan.num_devices == answer.num_devices
+    assert all(spec.max_batch_tokens or spec.chunk_tokens for spec in answer.plan.instances if spec.role != "decode")
     if answer.ratio is None:
         assert answer.colocated_instances is not None
         assert answer.prefill is None

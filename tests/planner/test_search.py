@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 from tests.planner.small import costs, demand, world
 
+from distserve.costs.base import Pace, Weather
 from distserve.plan import InstanceSpec, Policy, Role
 from distserve.planner.ask import Question, ask
 from distserve.planner.bounds import Bounds
@@ -77,6 +81,18 @@ def test_no_instance_attains_more_than_the_bound(role: Role, tp: int, pp: int, w
     if role is not Role.COLOCATED or workload == "humaneval":
         question = Question(spec, most * 1.05, bounds.stay(spec), length=USUAL)
         assert not ask(world(asked), question).attains
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_the_bound_counts_on_a_machines_best_moment(role: Role) -> None:
+    quicker = copy.copy(costs())
+    quicker.engine = replace(quicker.engine, weather=Weather((Pace(0.0, 0.8, 0.8), Pace(5.0, 2.0, 2.0)), 5.1))
+    asked, spec = demand("ttft=5,tpot=1"), InstanceSpec(role)
+    bounds = Bounds(quicker, asked)
+    most = bounds.most(spec)
+    assert most == pytest.approx(Bounds(costs(), asked).most(spec) / 0.8)
+    question = Question(spec, most * 1.05, bounds.stay(spec), length=USUAL)
+    assert not ask(replace(world(asked), costs=quicker), question).attains
 
 
 def test_targets_that_no_idle_instance_meets_have_no_rate() -> None:

@@ -36,6 +36,18 @@ class Weather:
     paces: tuple[Pace, ...] = ()  # by time, the first at 0; (): always as fast as its costs say
     span: float = 0.0  # seconds that were watched; 0: the last pace holds for ever
 
+    @property
+    def mean(self) -> tuple[float, float]:
+        """(of prompts, of decodes), over the span."""
+        if not self.paces:
+            return 1.0, 1.0
+        ends = [pace.at for pace in self.paces[1:]] + [self.span]
+        lasts = [(end - pace.at) / self.span for pace, end in zip(self.paces, ends, strict=True)]
+        return (
+            sum([pace.prompts * share for pace, share in zip(self.paces, lasts, strict=True)]),
+            sum([pace.decodes * share for pace, share in zip(self.paces, lasts, strict=True)]),
+        )
+
 
 FAIR = Weather()
 

@@ -157,6 +157,12 @@ class ProfileCosts:
         """Of the parallelisms that a latency was asked for."""
         used = sorted(self._used.items(), key=lambda item: (item[0][0], item[0][1] or 0))
         found = list(self.elsewhere)
+        if self.engine.weather.paces:
+            prompts, decodes = self.engine.weather.mean
+            found.append(
+                f"the machine was not steady while the costs {self.name} were measured: steps with prompts took "
+                f"{prompts:.2f} times as long as they can, those that decode {decodes:.2f} times, and do so here"
+            )
         for key, largest, what in (
             ("prompt_tokens", tokens, "prompt tokens in a step"),
             ("batch", batch, "sequences in a decode step"),

@@ -39,7 +39,7 @@ class Answer:
     plan: Plan  # with its seats
     goodput: Goodput  # of the whole plan
     rate: float | None  # requests/s that were asked for; None: as many as possible
-    report: Report  # simulated at `rate`, or at the goodput
+    report: Report  # simulated at `rate`, or at what the search took for the goodput, before it was measured closely
     targets: Targets
     goal: float
     algorithm: str  # "high" or "low": how closely the plan ties prefill and decode instances

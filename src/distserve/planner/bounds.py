@@ -37,7 +37,7 @@ and it takes the attention of both beside the products of its prompts:
 **Light load.** A request is never quicker than alone: a batch with it computes at least its own tokens and reads at
 least its own context. Where fewer than the goal's share meet their targets alone, no rate is attained.
 
-Measured points beside the formulas count with the least of them.
+Measured points beside the formulas count with the least of them, and a machine's weather with its best moment.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ class Bounds:
         self._costs = costs
         self._demand = demand
         self._most: dict[tuple[Role, int, int], float] = {}
+        # Of what its costs say, the least that a step ever takes
+        self._quickest = min([1.0, *(min(pace[1:]) for pace in costs.engine.weather.paces)])
 
     def fits(self, tp: int, pp: int) -> bool:
         """Whether the longest request's KV fits an instance."""
@@ -125,7 +127,7 @@ class Bounds:
             if spec.role is Role.COLOCATED:
                 seconds = max(seconds, self._mixed_seconds(latency))
             possible = self.alone(spec) >= self._demand.goal
-            self._most[key] = 1 / (self._demand.goal * max(seconds, 1e-9)) if possible else 0.0
+            self._most[key] = 1 / (self._demand.goal * max(self._quickest * seconds, 1e-9)) if possible else 0.0
         return self._most[key]
 
     def alone(self, spec: InstanceSpec) -> float:
@@ -136,7 +138,8 @@ class Bounds:
             slo = self._demand.targets.of(request.app)
             good = True
             if slo.ttft is not None and spec.role is not Role.DECODE:
-                good = self._costs.engine.request + latency.prompts([request.prompt_tokens]) <= slo.ttft
+                first = self._quickest * latency.prompts([request.prompt_tokens])
+                good = self._costs.engine.request + first <= slo.ttft
             if good and slo.tpot is not None and request.output_tokens > 1 and spec.role is not Role.PREFILL:
                 good = self.token_alone(latency, request) <= slo.tpot
             met.setdefault(request.app, []).append(good)
@@ -145,7 +148,7 @@ class Bounds:
     def token_alone(self, latency: Latency, request: Arrival) -> float:
         """Least mean seconds of a decode step of it: its mean context, with whatever batch is quickest."""
         context = request.prompt_tokens + request.output_tokens / 2
-        return min(latency.decodes(line.from_batch, context) for line in latency.coefficients.decode)
+        return self._quickest * min(latency.decodes(line.from_batch, context) for line in latency.coefficients.decode)
 
     def stay(self, spec: InstanceSpec) -> float:
         """Seconds that a mean request stays in an instance under load, about: between alone and as long as its targets

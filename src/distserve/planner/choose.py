@@ -25,6 +25,7 @@ from distserve.planner.jobs import Jobs
 from distserve.planner.nearest import nearest
 from distserve.planner.pack import pack
 from distserve.planner.search import COLOCATED, DISAGGREGATED, MIXED, Found, Search
+from distserve.sim.sizes import sized
 
 ALGORITHMS = ("auto", "high", "low")
 _RANKED = 6  # deployments of equally many devices whose goodput is compared
@@ -168,7 +169,7 @@ class _Choice:
         runner_up = raised.get(runner_up, runner_up) if runner_up else None
         other_kind = raised.get(other_kind, other_kind) if other_kind else None
         return Answer(
-            plan=best.plan,
+            plan=sized(best.plan, self._world.costs),
             goodput=goodput,
             rate=self._rate,
             report=seen.report,

@@ -65,7 +65,7 @@ def _lines(answer: Answer) -> Iterator[tuple[str, str]]:
     sure = f"95% sure: {goodput.low:.3g} to {goodput.high:.3g}"
     each = f"{answer.goodput_per_device:.3g} per device, at a goal of {answer.goal:.0%}"
     yield "goodput", f"{goodput.rate:.3g} requests/s ({sure}), {each}"
-    rate = "at the goodput" if answer.rate is None else f"at {answer.rate:g} requests/s"
+    rate = f"at {answer.rate or report.rate:.4g} requests/s"
     low, high = report.interval.joint
     yield "attainment", f"{report.attainment.joint:.1%} {rate} (95% sure: {low:.1%} to {high:.1%})"
     busy = ", ".join(f"{role} {share:.0%} busy" for role, share in answer.utilization.items())

@@ -1,7 +1,8 @@
 """From findings to a costs file (docs/reference/costs.md): the fit with its error, the engine's habits, the machine.
 Knows no worker and no clock.
 
-    request, host     straight lines through what was measured at two sizes or more, no part below 0
+    request, host     straight lines through what was measured at two sizes or more, no part below 0; a turn of an
+                      instance around its step costs the same whatever is in the step
     pull              the bandwidth from large pulls less small ones, publishing included, for it is waited for, too;
                       what is left of a short prompt's hand-off through the gateway is its fixed part
 """
@@ -55,8 +56,8 @@ def table(found: Findings, heading: Heading) -> dict[str, Any]:
     request, per_token = line({n: s.seconds for n, s in found.around.request.items()})
     per_step, per_sequence = line({n: s.seconds for n, s in found.around.host.items()})
     engine: dict[str, Any] = {
-        "request": request,
-        "prompt_step": {"per_token": per_token},
+        "request": max(0.0, request - per_step),  # a first token waits for the turn around its step, too
+        "prompt_step": {"per_step": per_step, "per_token": per_token, "per_sequence": per_sequence},
         "decode_step": {"per_step": per_step, "per_sequence": per_sequence},
         "pull": pull,
         "pull_bandwidth": bandwidth,

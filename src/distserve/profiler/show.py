@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from distserve.costs.base import Pace, Weather
 from distserve.costs.profile import TRUSTED
 from distserve.profiler.phases import Findings
 
@@ -64,7 +65,7 @@ def summary(found: Findings, table: Mapping[str, Any], knee: int, console: Conso
     console.print(f"[bold]{machine['fingerprint']}[/bold]", highlight=False)
     rows = [("knee Lm", f"{knee} tokens")]
     rows += [(f"prompt {n}", _ms(found.prompts[n,].seconds)) for n in (128, knee, 2048) if (n,) in found.prompts and n]
-    rows += [(f"decode {b} x {c}", _ms(series.seconds)) for (b, c), series in sorted(found.decodes.items()) if c == 256]
+    rows += [(f"decode {b} x {c}", _ms(series.seconds)) for (b, c), series in sorted(found.decodes.items()) if c == 128]
     if found.around.request:
         host = engine["decode_step"]
         rows.append(("around a step", f"{_ms(host['per_step'])}, and {1e6 * host['per_sequence']:.0f} us a stream"))
@@ -74,6 +75,10 @@ def summary(found: Findings, table: Mapping[str, Any], knee: int, console: Conso
     for phase in ("prefill", "decode"):
         for neighbour, share in engine.get(f"{phase}_beside", {}).items():
             rows.append((f"{phase} | {neighbour}", f"{share:.2f} times as long beside a neighbour's {neighbour}"))
+    if "weather" in table:
+        weather = table["weather"]
+        slow = Weather(tuple(Pace(*row) for row in weather["paces"]), weather["span"]).mean
+        rows.append(("weather", f"prompts {slow[0]:.2f} times, decode steps {slow[1]:.2f} times as long in the mean"))
     for kind, error in entry["error"].items():
         mean = error.get("left_out_mean", error["mean"])
         if mean is not None:

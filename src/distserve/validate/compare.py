@@ -3,6 +3,7 @@
 
     error of an attainment   predicted - measured, as a share (0.01: a point)
     error of a latency       predicted / measured - 1
+    as it was                predicted once more, on a machine as fast at each moment as it was in that run (explain.py)
     noise                    how far repeated runs of the same requests lie apart: the mean over their pairs
 
 A run that the client or other programs spoiled is shown, and counts in no error. Of repeated runs the mean is what was
@@ -35,7 +36,7 @@ class Runs:
 
     measured: tuple[Measured, ...]  # by repeat; at least one
     imagined: Imagination
-    as_measured: Imagination | None = None  # with steps as long as those of the first run were
+    as_measured: tuple[Imagination, ...] = ()  # each run again, on its machine as it was; (): nobody knows how it was
 
     @property
     def predicted(self) -> tuple[Record, ...]:
@@ -50,7 +51,7 @@ class Cell:
     slo: SLO
     measured: tuple[Report, ...]  # of each run
     predicted: Report
-    with_its_steps: Report | None = None  # predicted with steps as long as they were
+    as_it_was: tuple[Report, ...] = ()  # of each run, predicted on its machine as it was; (): nobody knows how it was
 
     @property
     def plan(self) -> str:
@@ -79,8 +80,15 @@ class Cell:
 
     @property
     def rest(self) -> float | None:
-        """The error that is left where steps are as long as they were."""
-        return None if self.with_its_steps is None else self.with_its_steps.attainment.joint - self.attainment
+        """The error that is left where the machine is as it was."""
+        rests = [cell.error for cell in self.each_as_it_was]
+        return fmean(rests) if rests else None
+
+    @property
+    def each_as_it_was(self) -> list[Cell]:
+        """Every run for itself, beside its prediction on the machine as it was."""
+        parts = zip(self.runs.measured, self.runs.as_measured, self.measured, self.as_it_was, strict=False)
+        return [Cell(Runs((run,), lived), self.slo, (real,), found) for run, lived, real, found in parts]
 
     @property
     def steps(self) -> dict[str, Mean]:
@@ -115,7 +123,7 @@ class Cell:
             "slo": {"ttft": self.slo.ttft, "tpot": self.slo.tpot},
             "measured": [r.to_dict() for r in self.measured],
             "predicted": self.predicted.to_dict(),
-            "predicted_with_measured_steps": self.with_its_steps.to_dict() if self.with_its_steps else None,
+            "predicted_as_it_was": [report.to_dict() for report in self.as_it_was],
             "steps": {role: asdict(each) for role, each in self.steps.items()},
             "attainment_error": self.error,
             "attainment_noise": self.noise,
@@ -143,7 +151,8 @@ def grouped(runs: Iterable[Measured]) -> list[tuple[Measured, ...]]:
 
 def lived(group: tuple[Measured, ...], plan: Plan, costs: Costs) -> Runs:
     """Raises what `imagine` raises."""
-    return Runs(group, imagine(plan, group[0].workload(), costs), as_measured(group[0], plan, costs))
+    again = [found for run in group if (found := as_measured(run, plan, costs)) is not None]
+    return Runs(group, imagine(plan, group[0].workload(), costs), tuple(again) if len(again) == len(group) else ())
 
 
 def judged(runs: Runs, slo: SLO) -> Cell:
@@ -156,8 +165,7 @@ def judged(runs: Runs, slo: SLO) -> Cell:
     def imagined(found: Imagination) -> Report:
         return report(found.records, slo, end=found.end, rate=rate, warmup=first.warmup, seed=seed)
 
-    slower = imagined(runs.as_measured) if runs.as_measured is not None else None
-    return Cell(runs, slo, measured, imagined(runs.imagined), slower)
+    return Cell(runs, slo, measured, imagined(runs.imagined), tuple(map(imagined, runs.as_measured)))
 
 
 # -- capacity ---------------------------------------------------------------------------------------------------------
@@ -246,7 +254,7 @@ def verdicts(cells: Sequence[Cell], found: Sequence[Capacity]) -> list[Verdict]:
     """The targets of an accurate twin. Latencies are compared once for each run, however many SLOs judge it."""
     good = [cell for cell in cells if not cell.spoiled]
     steep = [cell for cell in good if STEEP[0] <= cell.attainment <= STEEP[1]]
-    once = list({id(cell.runs): cell for cell in good}.values())
+    once = list({cell.runs.measured[0].key: cell for cell in good}.values())
 
     def latency(name: str, part: str, target: float) -> Verdict:
         errors = [cell.latency_error(name, part) for cell in once]
@@ -262,7 +270,6 @@ def verdicts(cells: Sequence[Cell], found: Sequence[Capacity]) -> list[Verdict]:
             [c.noise for c in steep],
             points=True,
         ),
-        _verdict("attainment, with steps as they were", 0.02, [c.rest for c in good], [], points=True),
         _verdict("capacity at the SLO", 0.05, [c.error for c in found], []),
         latency("ttft", "p50", 0.1),
         latency("ttft", "p90", 0.1),
@@ -296,6 +303,8 @@ class Comparison:
     capacities: tuple[Capacity, ...]
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]  # of the simulator
+    as_it_was: tuple[Verdict, ...] = ()  # the same errors, on the machine as it was in each run; (): nobody knows
+    capacities_as_it_was: tuple[Capacity, ...] = ()
 
     @property
     def attainment_error(self) -> float:
@@ -306,6 +315,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         return {
             "verdicts": [verdict.to_dict() for verdict in self.verdicts],
+            "verdicts_as_it_was": [verdict.to_dict() for verdict in self.as_it_was],
             "capacities": [capacity.to_dict() for capacity in self.capacities],
             "cells": [cell.to_dict() for cell in self.cells],
             "notes": list(self.notes),
@@ -327,7 +337,12 @@ def compare(
         cells += [judged(imagined, slo) for slo in slos(key.plan, key.workload)]
         notes |= dict.fromkeys(imagined.imagined.notes)
     found = capacities(cells, goal)
-    return Comparison(tuple(cells), tuple(found), tuple(verdicts(cells, found)), tuple(notes))
+    again = [each for cell in cells for each in cell.each_as_it_was]
+    theirs = capacities(again, goal)
+    judged_again = tuple(verdicts(again, theirs)) if again else ()
+    return Comparison(
+        tuple(cells), tuple(found), tuple(verdicts(cells, found)), tuple(notes), judged_again, tuple(theirs)
+    )
 
 
 def _all(runs: Iterable[Measured], plans: Mapping[str, Plan], costs: Costs) -> Iterator[Runs]:

@@ -20,7 +20,7 @@ from distserve.plan import InstanceSpec, Plan, Policy, Role
 from distserve.planner.demand import Demand
 from distserve.planner.goodput import ROUGH, Situation, highest_rate, judge
 from distserve.sim.simulate import imagine
-from distserve.sim.world import policies
+from distserve.sim.sizes import sized
 from distserve.validate.record import Chosen, Key
 from distserve.workload import Workload
 
@@ -71,20 +71,7 @@ def load_plan(name: str) -> tuple[str, Plan]:
 
 def pinned(plan: Plan, costs: Costs, model: str, device: str) -> Plan:
     """The plan with sizes written down that both worlds would choose."""
-    return replace(plan, model=model, device=device, instances=tuple(_pinned(spec, costs) for spec in plan.instances))
-
-
-def _pinned(spec: InstanceSpec, costs: Costs) -> InstanceSpec:
-    usual = policies(costs.engine, costs.latency(spec.tp, spec.pp).knee())
-    kv_memory = spec.kv_memory if spec.kv_memory is not None else costs.engine.kv_memory
-    spec = replace(spec, kv_memory=kv_memory)
-    if spec.role is Role.PREFILL:
-        return replace(spec, max_batch_tokens=spec.max_batch_tokens or usual.prefill.max_batch_tokens)
-    if spec.role is Role.COLOCATED and spec.policy is Policy.PREFILL_FIRST:
-        return replace(spec, max_batch_tokens=spec.max_batch_tokens or usual.colocated.max_batch_tokens)
-    if spec.role is Role.COLOCATED:
-        return replace(spec, chunk_tokens=spec.chunk_tokens or spec.max_batch_tokens or usual.colocated.chunk_tokens)
-    return spec
+    return replace(sized(plan, costs), model=model, device=device)
 
 
 def idle_slos(plan: Plan, workload: Workload, costs: Costs) -> tuple[SLO, ...]:

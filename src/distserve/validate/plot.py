@@ -1,5 +1,6 @@
 """Predicted beside measured as a picture: a row for each workload, with attainment, TTFT and TPOT against the rate.
-Lines are predicted, marks measured, whiskers reach from one repeat to another. Knows no run and no simulator."""
+Lines are predicted, marks measured, whiskers reach from one repeat to another; crosses are predicted on the machine as
+fast as it was in each run. Knows no run and no simulator."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def picture(found: Comparison, goal: float) -> Any:
         for axes in row:
             axes.set_xlabel("rate (requests/s)")
             axes.grid(alpha=0.3)
-    figure.suptitle("lines: predicted; marks: measured", fontsize="medium")
+    figure.suptitle("marks: measured; lines: predicted; crosses: predicted as the machine was", fontsize="medium")
     return figure
 
 
@@ -54,6 +55,8 @@ def _attainment(axes: Any, cells: Sequence[Cell], color: str, plan: str) -> None
         style, mark = _STYLES[number % len(_STYLES)], _MARKS[number % len(_MARKS)]
         rates = [cell.rate for cell in mine]
         axes.plot(rates, [cell.predicted.attainment.joint for cell in mine], style, color=color, linewidth=1.2)
+        again = [(cell.rate, report.attainment.joint) for cell in mine for report in cell.as_it_was]
+        axes.plot([rate for rate, _ in again], [share for _, share in again], "x", color=color, markersize=6)
         values = [[r.attainment.joint for r in cell.measured] for cell in mine]
         _marks(axes, rates, values, mark, color, f"{plan} ({brief(slo)})")
 
@@ -64,6 +67,8 @@ def _latency(axes: Any, cells: Sequence[Cell], name: str, color: str) -> None:
     for part, style, mark in (("p50", "-", "o"), ("p90", "--", "s")):
         predicted = [getattr(getattr(cell.predicted, name), part) for cell in once]
         axes.plot(rates, [float("nan") if v is None else v for v in predicted], style, color=color, linewidth=1.2)
+        again = [(cell.rate, v) for cell in once for r in cell.as_it_was if (v := getattr(getattr(r, name), part))]
+        axes.plot([rate for rate, _ in again], [value for _, value in again], "x", color=color, markersize=6)
         values = [[v for r in cell.measured if (v := getattr(getattr(r, name), part)) is not None] for cell in once]
         _marks(axes, rates, values, mark, color, None)
 

@@ -121,10 +121,10 @@ def capacities(found: Sequence[Capacity], goal: float, console: Console) -> None
     console.print()
 
 
-def verdicts(found: Sequence[Verdict], console: Console) -> None:
+def verdicts(found: Sequence[Verdict], console: Console, what: str = "error of the prediction") -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    for name in ("error of the prediction", "mean", "target", "worst", "bias", "noise of repeats", "cells", ""):
-        table.add_column(name, justify="left" if name in ("error of the prediction", "") else "right")
+    for name in (what, "mean", "target", "worst", "bias", "noise of repeats", "cells", ""):
+        table.add_column(name, justify="left" if name in (what, "") else "right")
     for each in found:
         if each.mean is None or each.worst is None or each.bias is None:
             table.add_row(each.what, "-", _amount(each.target, each), "", "", "", "0", "nothing to compare")

@@ -31,6 +31,9 @@ def tell(validation: Validation) -> int:
     if found.capacities:
         show.capacities(found.capacities, options.goal, console)
     show.verdicts(found.verdicts, console)
+    if found.as_it_was:
+        console.print()
+        show.verdicts(found.as_it_was, console, "the same, on the machine as fast as it was in each run")
     console.print(f"the client took {show.busy(found.cells)}", highlight=False)
     for note in found.notes:
         show.say(f"note: {note}")
