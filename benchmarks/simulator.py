@@ -33,6 +33,7 @@ from distserve.sim.simulate import imagine, summarize
 from distserve.workload import Workload
 
 UPSTREAM = {"event loop": 0.46, "with post-processing": 1.4}  # seconds of processor time for 1,000 requests, once
+ROUNDS = 5  # that both take turns for
 UPSTREAM_REQUESTS = 2000  # some seconds' work for it
 
 
@@ -92,20 +93,31 @@ def interpreted(what: str, requests: int, rate: float) -> float:
 
 
 def upstream(python: str, checkout: Path, rate: float) -> dict[str, float]:
-    """Its seconds of processor time for 1,000 requests, the best of three."""
+    """Its seconds of processor time for 1,000 requests."""
     workload = Workload.load("sharegpt").draw(rate, UPSTREAM_REQUESTS)
     asked = json.dumps([[r.arrival, r.prompt_tokens, r.output_tokens] for r in workload])
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("simulator_upstream.py")
-    found = []
-    for _ in range(3):
-        done = subprocess.run(
-            [python, script], input=asked, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            sys.exit(f"upstream's simulator failed: {done.stderr.strip().splitlines()[-1]}")
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    return {name: min(each[name] for each in found) * 1000 / UPSTREAM_REQUESTS for name in UPSTREAM}
+    done = subprocess.run([python, script], input=asked, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"upstream's simulator failed: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: found[name] * 1000 / UPSTREAM_REQUESTS for name in UPSTREAM}
+
+
+def beside(pair: Case, requests: int, args: argparse.Namespace) -> None:
+    """Both simulators in turns, the best of each."""
+    ours, theirs = [], []
+    for _ in range(ROUNDS):
+        ours += [seconds(pair, requests) for _ in range(3)]
+        if args.upstream is not None:
+            theirs.append(upstream(args.upstream_python, args.upstream, args.rate))
+    where = "in this run" if theirs else "on another machine"
+    for number, (name, once) in enumerate(UPSTREAM.items()):
+        taken = min([each[name] for each in theirs], default=once)
+        mine = min(each[number] for each in ours) * 1000 / requests
+        said = f"{taken:.2f} s for 1,000 requests, ours {1e3 * mine:.2f} ms"
+        print(f"upstream's {name}, {where}: {said}: {taken / mine:.0f} times as long")
 
 
 def main() -> None:
@@ -124,13 +136,9 @@ def main() -> None:
         print(f"{case.name:<42}{requests:>7} requests {over:6.2f} s  {each}")
     pair = cases(args.rate)[0]
     small, _ = seconds(pair, requests // 8)
-    large, whole = min(seconds(pair, requests) for _ in range(3))
+    large = min(lived(pair, requests) for _ in range(3))
     print(f"eight times the requests take {large / small:.1f} times as long (8.0 is linear)")
-    theirs = UPSTREAM if args.upstream is None else upstream(args.upstream_python, args.upstream, args.rate)
-    where = "on another machine" if args.upstream is None else "in this run"
-    for (name, taken), ours in zip(theirs.items(), (large, whole), strict=True):
-        times = taken * requests / 1000 / ours
-        print(f"upstream's {name}, {where}: {taken:.2f} s for 1,000 requests, {times:.0f} times as long")
+    beside(pair, requests, args)
     plain = interpreted("lived", requests // 4, args.rate)
     print(f"interpreted: {plain / (requests // 4) * 1e6:.0f} us a request, {4 * plain / large:.1f} times as long")
     single = interpreted("one_by_one", requests // 4, args.rate)

@@ -27,7 +27,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.live_goodput", description=__doc__)
     parser.add_argument("--costs", type=Path, default=DATA / "live_costs.json", help="what distserve profile wrote")
-    parser.add_argument("--record", type=Path, default=DATA / "live_goodput.jsonl", help="file of measured runs")
+    parser.add_argument("--record", type=Path, default=DATA / "live_goodput.jsonl.gz", help="file of measured runs")
     parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="of these, with commas")
     parser.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM's CPU build")
     parser.add_argument("--duration", type=float, default=DURATION, help="seconds of arrivals of a cell")
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--cases {unknown[0]}: of {', '.join(case.name for case in CASES)}")
     costs = choose_costs(MODEL, "cpu", given.costs)
+    if given.seconds > 0 and given.record.suffix == ".gz":
+        parser.error(f"--record {given.record} is packed: name another file to measure into, or give --seconds 0")
     if given.record.exists():
         recording = recordings.read(given.record)
     else:

@@ -122,6 +122,8 @@ def _truth(recording: Recording, costs: Costs) -> str:
     slow: dict[str, list[float]] = {}
     for case in CASES:
         for row in ours(rows(case, recording)):
+            if not any(run.steps for run in row.runs):
+                continue
             plan = recording.served[label(row.contender, case)]
             for run in row.runs:
                 cell = judged(lived((run,), plan, costs), case.slo)

@@ -40,7 +40,7 @@ def weathers(case: Case, recording: Recording, costs: Costs) -> list[tuple[Weath
     """By run, of each core. Only instances that do both know both of its paces."""
     found = []
     for row in rows(case, recording):
-        if row.contender in (WHOLE, CHUNKED):
+        if row.contender in (WHOLE, CHUNKED) and any(run.steps for run in row.runs):
             plan = recording.served[label(row.contender, case)]
             for run in row.runs:
                 if run.steps:

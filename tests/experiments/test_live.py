@@ -4,6 +4,7 @@ simulator say now, so that a twin that drifts is noticed, without a server and w
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from experiments.accuracy.__main__ import DOCS
 from experiments.live_goodput import page, results
 from experiments.live_goodput.__main__ import main
 from experiments.live_goodput.cases import CASES, GOAL
-from experiments.live_goodput.contenders import APART, CHUNKED, OURS, WHOLE
+from experiments.live_goodput.contenders import APART, CHUNKED, OURS, WHOLE, label
 from experiments.live_goodput.peers import RoundRobin
+from experiments.live_goodput.same_weather import in_the_same_weather, weathers
 from tests.bench.standin import serving
 from tests.validate.support import MODEL, load_costs, run_of, write_costs
 
@@ -22,6 +24,7 @@ from distserve.metrics import SLO
 from distserve.traces import Arrival
 from distserve.validate import grid
 from distserve.validate.record import Chosen, Key, Recording
+from distserve.validate.steps import Step
 
 CHAT = CASES[0]
 
@@ -50,10 +53,26 @@ def recording(tmp_path: Path) -> Recording:
     found.add_chosen("all", CHAT.workload, Chosen((1.0, 4.0, 9.0), (CHAT.slo,)))
     for name, plan in ((APART, "1p1d"), (WHOLE, "2c-whole")):
         served = grid.pinned(grid.PLANS[plan], costs, MODEL, "cpu")
+        found.add_plan(label(name, CHAT), served, served)
+        coefficients = costs.latency(1, 1).coefficients
+        twice = Step(0.0, 2 * coefficients.prompts(64, 4096), 64, 4096, 0, 0)
+        steps = {replica.name: (twice,) for replica in served.replicas()}  # prompts were slow, always
         for rate in (1.0, 4.0, 9.0):
             drawn = CHAT.lengths.workload.draw(rate, 150)
-            found.add(run_of(Key(name, CHAT.workload, rate, 0, 0), served, costs, drawn))
+            found.add(replace(run_of(Key(name, CHAT.workload, rate, 0, 0), served, costs, drawn), steps=steps))
     return found
+
+
+def test_all_of_ours_in_the_same_weather(recording: Recording, tmp_path: Path) -> None:
+    costs = load_costs(tmp_path / "costs.json")
+    seen = weathers(CHAT, recording, costs)
+    assert len(seen) == 3  # the colocated runs
+    assert all(pace.prompts == pytest.approx(2.0, abs=1e-3) for run in seen for core in run for pace in core.paces)
+    same = in_the_same_weather(CHAT, recording, costs)
+    assert [row.contender for row in same] == [APART, WHOLE]
+    for slow, measured in zip(same, results.rows(CHAT, recording), strict=True):
+        assert len(slow.runs[0].records) == 3 * len(measured.runs[0].records)
+        assert all(a <= b + 1e-9 for (_, a), (_, b) in zip(slow.curve(CHAT.slo), measured.curve(CHAT.slo), strict=True))
 
 
 def test_goodput_is_read_off_the_measured_rates(recording: Recording) -> None:
@@ -87,6 +106,8 @@ def test_the_page_says_what_was_measured_and_what_was_not(
     assert main(arguments) == 0
     text = (tmp_path / "goodput.md").read_text()
     assert "## Chat" in text
+    assert "1 prefill + 1 decode 100%, 2 colocated, whole prompts 100%" in text  # of the steps were slow
+    assert "**Chat in the same weather for all, simulated**" in text
     assert "planner" in text
     assert f"- chat: {CHUNKED}; 2x vLLM" in text
     assert "- code completion: nothing" in text
