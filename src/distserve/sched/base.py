@@ -32,9 +32,6 @@ class State(Enum):
     ABORTED = "aborted"
 
 
-_NO_BLOCKS: Final[list[int]] = []  # this list is never changed
-
-
 class Clock(ABC):
     """What a sequence in lockstep with others knows its tokens from (`lockstep.py`)."""
 
@@ -99,7 +96,7 @@ class Sequence:
         self.id = id
         self.attempt = attempt
         self.num_kv_tokens = num_kv_tokens
-        self.blocks = _NO_BLOCKS if blocks is None else blocks
+        self.blocks: list[int] = [] if blocks is None else blocks
         self.num_blocks = len(self.blocks)
         self.following: Sequence | None = None
         self.state = State.QUEUED
