@@ -16,7 +16,7 @@ from distserve.costs.base import Costs
 from distserve.costs.choose import choose_costs
 from distserve.metrics import SLO
 from distserve.validate.compare import Capacity, Cell, Comparison, Verdict, compare
-from distserve.validate.explain import expected
+from distserve.validate.explain import slowness
 from distserve.validate.plot import picture
 from distserve.validate.record import Recording, read
 from distserve.validate.show import attainment_pair, brief, latency_pair, step_pairs
@@ -190,14 +190,13 @@ def weather(found: Live) -> str:
     by_run = []
     for run in found.recording.runs.values():
         mine: dict[bool, list[float]] = {True: [], False: []}
-        for replica in found.recording.served[run.key.plan].replicas():
-            latency = found.costs.latency(replica.spec.tp, replica.spec.pp)
-            for step in run.steps.get(replica.name, ()):
-                mine[step.prompt_tokens > 0].append(step.seconds / expected(latency, step))
+        for steps in slowness(run.steps, found.recording.served[run.key.plan], found.costs).values():
+            for step, times in steps:
+                mine[step.prompt_tokens > 0].append(times)
         if mine[True]:
             by_run.append(_share_slow(mine[True]))
-        for prompts, times in mine.items():
-            slow[prompts] += times
+        for prompts, all_times in mine.items():
+            slow[prompts] += all_times
     return WEATHER.format(
         prompts=f"{_share_slow(slow[True]):.0%}",
         decodes=f"{_share_slow(slow[False]):.0%}",

@@ -7,10 +7,9 @@ from statistics import fmean
 
 from distserve.costs.base import Costs
 from distserve.metrics import SLO
-from distserve.plan import Plan
 from distserve.validate.compare import judged, lived
-from distserve.validate.explain import expected
-from distserve.validate.record import Key, Measured, Recording
+from distserve.validate.explain import slowness
+from distserve.validate.record import Key, Recording
 from experiments.accuracy.tables import table
 from experiments.live_goodput.cases import CASES, GOAL, SCALES, Case
 from experiments.live_goodput.contenders import ALL, label
@@ -130,22 +129,15 @@ def _truth(recording: Recording, costs: Costs) -> str:
                 if cell.rest is not None:
                     ahead.append(abs(cell.error))
                     as_it_was.append(abs(cell.rest))
-                    slow.setdefault(row.contender, []).extend(_slowness(run, plan, costs))
+                    mine = slow.setdefault(row.contender, [])
+                    for steps in slowness(run.steps, plan, costs).values():
+                        mine += [times for step, times in steps if step.prompt_tokens]
     if not ahead:
         return ""
     shares = ", ".join(f"{name} {fmean(each > SLOW for each in of):.0%}" for name, of in slow.items())
     return WEATHER.format(
         shares=shares, slow=SLOW, ahead=100 * fmean(ahead), as_it_was=100 * fmean(as_it_was), runs=len(ahead)
     )
-
-
-def _slowness(run: Measured, plan: Plan, costs: Costs) -> list[float]:
-    """Of each step with prompts: how many times as long as its costs say."""
-    found = []
-    for replica in plan.replicas():
-        latency, steps = costs.latency(replica.spec.tp, replica.spec.pp), run.steps.get(replica.name, ())
-        found += [step.seconds / expected(latency, step) for step in steps if step.prompt_tokens]
-    return found
 
 
 def _share(row: Row, rate: float, slo: SLO) -> str:

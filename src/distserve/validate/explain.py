@@ -70,12 +70,10 @@ def weather(known: Steps, plan: Plan, costs: Costs) -> dict[str, Weather]:
     """Of each instance: how many times as long as its costs say a step took, from step to step. What a step of the
     other kind would have taken is what the last of that kind did."""
     found = {}
-    for replica in plan.replicas():
-        latency = costs.latency(replica.spec.tp, replica.spec.pp)
+    for name, steps_of in slowness(known, plan, costs).items():
         prompts = decodes = 1.0
         paces = [Pace(0.0, prompts, decodes)]
-        for step in sorted(known.get(replica.name, ())):
-            times = step.seconds / expected(latency, step)
+        for step, times in sorted(steps_of):
             if step.prompt_tokens:
                 prompts = times
             else:
@@ -84,7 +82,16 @@ def weather(known: Steps, plan: Plan, costs: Costs) -> dict[str, Weather]:
             if at == paces[-1].at:
                 paces.pop()
             paces.append(Pace(at, prompts, decodes))
-        found[replica.name] = Weather(tuple(paces))
+        found[name] = Weather(tuple(paces))
+    return found
+
+
+def slowness(known: Steps, plan: Plan, costs: Costs) -> dict[str, list[tuple[Step, float]]]:
+    """By instance of the plan: each of its steps, and how many times as long as its costs say it took."""
+    found = {}
+    for replica in plan.replicas():
+        latency = costs.latency(replica.spec.tp, replica.spec.pp)
+        found[replica.name] = [(step, step.seconds / expected(latency, step)) for step in known.get(replica.name, ())]
     return found
 
 
