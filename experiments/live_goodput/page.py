@@ -13,7 +13,7 @@ from distserve.validate.record import Key, Recording
 from experiments.accuracy.tables import table
 from experiments.live_goodput.cases import CASES, GOAL, SCALES, Case
 from experiments.live_goodput.contenders import ALL, label
-from experiments.live_goodput.results import NEAR, Row, behind, bounds, choice, ours, pointless, ranked, rows
+from experiments.live_goodput.results import NEAR, Choice, Row, behind, bounds, choice, ours, pointless, ranked, rows
 from experiments.live_goodput.same_weather import in_the_same_weather
 
 IMAGE = "goodput-live.svg"
@@ -78,40 +78,36 @@ def text(recording: Recording, costs: Costs, record: str) -> str:
 
 
 def _case(case: Case, found: Sequence[Row], recording: Recording, costs: Costs) -> str:
-    rates = sorted({run.key.rate for row in found for run in row.runs})
-    slo = case.slo
+    slo, chosen = case.slo, [choice(case, costs, scale) for scale in CHOICES]
+    by_rate, by_scale = _tables(case, found)
+    parts = [
+        f"## {case.name.capitalize()}",
+        f"Lengths: `{case.workload}`. Targets: TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s. Attainment in %, by rate:",
+        by_rate,
+        "Goodput with these targets times a scale, requests/s:",
+        by_scale,
+        _best(found, slo),
+        "The planner's choice for two cores, with this machine's costs, beside the best of ours that was measured:",
+        _choices(case, found, chosen),
+    ]
+    if same := in_the_same_weather(case, recording, costs):
+        parts += [
+            f"**{case.name.capitalize()} in the same weather for all, simulated**: by rate, by scale, the choice.",
+            *_tables(case, same),
+            _choices(case, same, chosen),
+        ]
+    return "\n\n".join(parts)
+
+
+def _tables(case: Case, found: Sequence[Row]) -> tuple[str, str]:
+    """(attainment by rate, goodput by scale)."""
+    rates, slo = sorted({run.key.rate for row in found for run in row.runs}), case.slo
     by_rate = [[row.contender, *(_share(row, rate, slo) for rate in rates), bounds(row, slo)] for row in found]
     by_scale = [[row.contender, *(bounds(row, case.scaled(scale)) for scale in SCALES)] for row in found]
-    return "\n\n".join(
-        [
-            f"## {case.name.capitalize()}",
-            f"Lengths: `{case.workload}`. Targets: TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s. Attainment in %, by rate:",
-            table(["", *(f"{rate:g}/s" for rate in rates), "goodput, requests/s"], by_rate),
-            "Goodput with these targets times a scale, requests/s:",
-            table(["", *(f"{scale:g}" for scale in SCALES)], by_scale),
-            _best(found, slo),
-            "The planner's choice for two cores, with this machine's costs, beside the best of ours that was measured:",
-            _choices(case, found, costs),
-            *_same(case, recording, costs),
-        ]
-    )
-
-
-def _same(case: Case, recording: Recording, costs: Costs) -> list[str]:
-    """The second look: what weather each had, and all of ours in the same."""
-    same = in_the_same_weather(case, recording, costs)
-    if not same:
-        return []
-    slo = case.slo
-    rates = [run.key.rate for run in same[0].runs]
-    by_rate = [[row.contender, *(_share(row, rate, slo) for rate in rates), bounds(row, slo)] for row in same]
-    by_scale = [[row.contender, *(bounds(row, case.scaled(scale)) for scale in SCALES)] for row in same]
-    return [
-        f"**{case.name.capitalize()} in the same weather for all, simulated**: by rate, by scale, the choice.",
+    return (
         table(["", *(f"{rate:g}/s" for rate in rates), "goodput, requests/s"], by_rate),
         table(["", *(f"{scale:g}" for scale in SCALES)], by_scale),
-        _choices(case, same, costs),
-    ]
+    )
 
 
 def _truth(recording: Recording, costs: Costs) -> str:
@@ -164,14 +160,14 @@ def _below(row: Row, winner: Row, slo: SLO) -> str:
     return f", {'' if exact else 'at least '}{share:.0%} less"
 
 
-def _choices(case: Case, found: Sequence[Row], costs: Costs) -> str:
+def _choices(case: Case, found: Sequence[Row], chosen: Sequence[Choice]) -> str:
     titles = ["scale", "the planner's choice", "expected", "measured", "best", "second best", f"within {NEAR:.0%}"]
-    return table(titles, [_judged(case, ours(found), costs, scale) for scale in CHOICES])
+    return table(titles, [_judged(case, ours(found), *each) for each in zip(CHOICES, chosen, strict=True)])
 
 
-def _judged(case: Case, found: Sequence[Row], costs: Costs, scale: float) -> list[str]:
+def _judged(case: Case, found: Sequence[Row], scale: float, chosen: Choice) -> list[str]:
     """A line of the table."""
-    slo, chosen = case.scaled(scale), choice(case, costs, scale)
+    slo = case.scaled(scale)
     best, second, *_ = [*(f"{row.contender}: {bounds(row, slo)}" for row in ranked(found, slo)), "-", "-"]
     line = [f"{scale:g}", chosen.contender or "none attains them", "-", "-", best, second]
     if not chosen.contender or chosen.goodput is None:

@@ -225,10 +225,9 @@ def test_the_second_best_is_named_with_how_far_it_is_behind() -> None:
         (row(CHUNKED, 1.0, 0.89, 0.0), "yes, 4.5% less"),
     ],
 )
-def test_the_planners_choice_is_judged(mine: Row, verdict: str, costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_planners_choice_is_judged(mine: Row, verdict: str) -> None:
     found = [mine] if mine.contender == WHOLE else [row(WHOLE, 1.0, 0.9, 0.8), mine]
-    monkeypatch.setattr(page, "choice", lambda case, costs, scale: Choice(mine.contender, 2.1))
-    line = page._judged(CHAT, found, costs, 1.0)
+    line = page._judged(CHAT, found, 1.0, Choice(mine.contender, 2.1))
     assert line[1:3] == [mine.contender, "2.10"]
     assert line[-1] == verdict
 
