@@ -84,6 +84,8 @@ def test_what_was_measured_is_what_a_simulator_reads() -> None:
     assert engine.prompt_step.per_token == pytest.approx(1e-6, rel=1e-3)
     assert engine.decode_step.per_step == pytest.approx(0.00058, rel=1e-3)
     assert engine.decode_step.per_sequence == pytest.approx(2e-5, rel=1e-3)
+    assert engine.publish == pytest.approx(0, abs=1e-9)
+    assert engine.publish_bandwidth == pytest.approx(18e9, rel=1e-3)
     assert engine.pull_bandwidth == pytest.approx(6e9, rel=1e-3)
     assert engine.pull == pytest.approx(0.003, rel=1e-3)
     assert costs.kv_blocks(1, 1) == (1 << 30) // (32 * 23_040)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from copy import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -44,6 +46,20 @@ def test_a_request_alone_takes_what_its_steps_take() -> None:
     split = run.split()
     total = split.queue + split.prefill + split.transfer_wait + split.transfer + split.decode
     assert total == pytest.approx(life.last - life.arrival)
+
+
+def test_the_next_prompt_waits_until_the_last_ones_are_published() -> None:
+    """And the first tokens do not, nor who has nothing to publish."""
+    two = Workload("two", (Arrival(1.0, 300, 20), Arrival(1.001, 300, 20)), timed=True)
+    shows = copy(COSTS)
+    shows.engine = replace(COSTS.engine, publish=0.004, publish_bandwidth=1e9)
+    kv = 300 * COSTS.spec.kv_layout(1, "bfloat16").token_bytes
+    before, after = imagine(PAIR, two, COSTS).lives, imagine(PAIR, two, shows).lives
+    assert after[0].first == before[0].first
+    assert after[1].started - after[0].first == pytest.approx(0.004 + kv / 1e9)
+    assert after[1].first - before[1].first == pytest.approx(0.004 + kv / 1e9)
+    alike = Workload("two", (Arrival(1.0, 300, 1), Arrival(1.001, 300, 1)), timed=True)
+    assert imagine(PAIR, alike, COSTS).records == imagine(PAIR, alike, shows).records
 
 
 def test_one_token_answers_never_meet_the_decode_side() -> None:

@@ -63,15 +63,18 @@ def test_a_slow_spell_is_found_in_the_steps_and_lived_through_again(tmp_path: Pa
     }
     real = imagine(plan, drawn, costs, weather=spells)
     coefficients = costs.latency(1, 1).coefficients
-    told = {
-        name: tuple(
-            Step(pace.at, coefficients.prompts(64, 4096) * pace.prompts, 64, 4096, 0, 0)
-            if name == "prefill-0"
-            else Step(pace.at, coefficients.decodes(3, 90) * pace.decodes, 0, 0, 3, 90)
-            for pace in weather.paces
-        )
-        for name, weather in spells.items()
-    }
+    told = {}
+    for name, weather in spells.items():
+        found_in: list[Step] = []
+        for pace in weather.paces:
+            if name == "prefill-0":
+                step = Step(0.0, coefficients.prompts(64, 4096) * pace.prompts, 64, 4096, 0, 0)
+            else:
+                step = Step(0.0, coefficients.decodes(3, 90) * pace.decodes, 0, 0, 3, 90)
+            if found_in:  # until now
+                found_in.append(found_in[-1]._replace(began=pace.at - found_in[-1].seconds))
+            found_in.append(step._replace(began=pace.at))
+        told[name] = tuple(found_in)
     key = Key("1p1d", "chat", 2.0, 0, 0)
     run = Measured(key, default_warmup(drawn.span), real.end, real.records, steps=told)
     found = as_measured(run, plan, costs)

@@ -64,7 +64,9 @@ class Engine:
     decode_step: Host = field(default_factory=Host)
     padded: bool = False  # prompts of one step are computed as long as the longest of them
     handover: float = 0.0  # seconds between two pipeline stages
-    pull: float = 0.0  # seconds of a pull beside its bytes
+    publish: float = 0.0  # seconds that a prefill instance shows a prompt's KV to pullers, beside its bytes
+    publish_bandwidth: float | None = None  # bytes/s of that; None: endless
+    pull: float = 0.0  # seconds of a pull beside its bytes, with the publishing that it waits for
     pull_bandwidth: float | None = None  # bytes/s of a pull between two devices; None: what the cluster's links give
     pulls_stall: bool = False  # no step runs on the decode side while it pulls
     swap_bandwidth: float | None = None  # bytes/s; a preempted sequence's KV is kept in host memory. None: recomputed

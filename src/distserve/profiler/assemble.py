@@ -3,6 +3,7 @@ Knows no worker and no clock.
 
     request, host     straight lines through what was measured at two sizes or more, no part below 0; a turn of an
                       instance around its step costs the same whatever is in the step
+    publish           a straight line through its sizes
     pull              the bandwidth from large pulls less small ones, publishing included, for it is waited for, too;
                       what is left of a short prompt's hand-off through the gateway is its fixed part
 """
@@ -53,12 +54,15 @@ def table(found: Findings, heading: Heading) -> dict[str, Any]:
     """The file as JSON values. Raises `UsageError` where a fit cannot be made."""
     entry = format.fitted(found.prompt_points, found.decode_points, found.mixed_points)
     bandwidth, pull = pulls(found, heading)
+    publish, per_byte = line({size: series.seconds for size, series in found.publish.items()})
     request, per_token = line({n: s.seconds for n, s in found.around.request.items()})
     per_step, per_sequence = line({n: s.seconds for n, s in found.around.host.items()})
     engine: dict[str, Any] = {
         "request": max(0.0, request - per_step),  # a first token waits for the turn around its step, too
         "prompt_step": {"per_step": per_step, "per_token": per_token, "per_sequence": per_sequence},
         "decode_step": {"per_step": per_step, "per_sequence": per_sequence},
+        "publish": publish,
+        "publish_bandwidth": 1 / per_byte if per_byte else None,
         "pull": pull,
         "pull_bandwidth": bandwidth,
         "block_size": heading.block_size,

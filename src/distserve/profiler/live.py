@@ -116,6 +116,7 @@ class Probe:
         self.around = around
         self._client = client
         self._count = 0
+        self._enough = False  # prompts that keep a prefill instance busy
 
     async def one(self, tokens: int) -> None:
         """A request alone: what its way to the first token and the hand-off cost."""
@@ -126,11 +127,13 @@ class Probe:
         self.around.request.setdefault(tokens, Series()).values.append(request)
         self.around.hand_off.setdefault(tokens, Series()).values.append(hand_off)
 
-    async def together(self, streams: int, prompt: int, tokens: int) -> None:
-        """So many streams of `tokens` tokens: what lies between two steps, from all having begun until one ends."""
+    async def together(self, streams: int, prompt: int, tokens: int, beside: int) -> None:
+        """So many streams of `tokens` tokens, beside prompts of `beside` tokens one after the other: what lies between
+        two steps, from all having begun until one ends."""
         name = "vllm:inter_token_latency_seconds"
         start = _total(await self._scrape(), f"{name}_count")
         sent = [asyncio.create_task(self._send(prompt, tokens)) for _ in range(streams)]
+        busy = asyncio.create_task(self._prompts(beside))
         try:
             first, last = start + _SETTLE * streams, start + (tokens - _SETTLE) * streams
             before = await self._when(f"{name}_count", first)
@@ -139,6 +142,13 @@ class Probe:
             self.around.host.setdefault(streams, Series()).values.append(host)
         finally:
             await asyncio.gather(*sent)
+            self._enough = True
+            await busy
+
+    async def _prompts(self, tokens: int) -> None:
+        self._enough = False
+        while not self._enough:
+            await self._send(tokens, 1)
 
     async def _send(self, prompt: int, tokens: int) -> tuple[float, float]:
         """(TTFT, mean gap) that the client saw."""

@@ -228,6 +228,7 @@ async def live(arguments: Sequence[str], within: Range, found: Findings, budget:
         await server.ready()
         probe = Probe(client, found.around)
         short, long = grid.probes(within)
+        lm = found.knee(within.longest_prompt)
         await probe.one(short)  # warms every part up
         probe.around.request.clear()
         probe.around.hand_off.clear()
@@ -236,7 +237,7 @@ async def live(arguments: Sequence[str], within: Range, found: Findings, budget:
         while turn < 2 or not budget.over():
             for tokens in (short, long, short):
                 await probe.one(tokens)
-            await probe.together(streams[turn % len(streams)], grid.SHORTEST, 40)
+            await probe.together(streams[turn % len(streams)], grid.SHORTEST, 40, lm)
             turn += 1
             budget.tick()
             if turn >= 4 * len(streams):

@@ -70,8 +70,9 @@ def summary(found: Findings, table: Mapping[str, Any], knee: int, console: Conso
         host = engine["decode_step"]
         rows.append(("around a step", f"{_ms(host['per_step'])}, and {1e6 * host['per_sequence']:.0f} us a stream"))
         rows.append(("a request", f"{_ms(engine['request'])} to its first token beside its step"))
-    if "pull_bandwidth" in engine:
-        rows.append(("a pull", f"{_ms(engine['pull'])}, and {engine['pull_bandwidth'] / 1e9:.1f} GB/s"))
+    for what, key in (("publishing KV", "publish"), ("a pull", "pull")):
+        if f"{key}_bandwidth" in engine:
+            rows.append((what, f"{_ms(engine[key])}, and {engine[f'{key}_bandwidth'] / 1e9:.1f} GB/s"))
     for phase in ("prefill", "decode"):
         for neighbour, share in engine.get(f"{phase}_beside", {}).items():
             rows.append((f"{phase} | {neighbour}", f"{share:.2f} times as long beside a neighbour's {neighbour}"))

@@ -23,6 +23,7 @@ from distserve.sim.events import Event, Events
 from distserve.sim.flight import Crew, Ends, Flight, known
 from distserve.sim.life import NEVER, Imagined
 from distserve.sim.swap import kept, swapped
+from distserve.sim.usage import Usage
 from distserve.sim.weather import Weather
 
 Trace = Callable[[str, float, list[tuple[int, int]]], None]  # (instance, start, [(sequence, tokens)])
@@ -59,27 +60,6 @@ class Surroundings(ABC):
     def finished(self, sequence: Imagined, now: float) -> None: ...
 
 
-class Usage:
-    """What an instance did, and its largest steps."""
-
-    __slots__ = ("batch", "busy", "context", "prompt_tokens", "steps")
-
-    def __init__(self) -> None:
-        self.busy = 0.0  # seconds of its first stage
-        self.steps = 0
-        self.prompt_tokens = 0
-        self.batch = 0  # sequences that decode
-        self.context = 0  # summed over them
-
-    def saw(self, prompt_tokens: int, batch: int, context: int) -> None:
-        if prompt_tokens > self.prompt_tokens:
-            self.prompt_tokens = prompt_tokens
-        if batch > self.batch:
-            self.batch = batch
-        if context > self.context:
-            self.context = context
-
-
 class _Wake(Event):
     """An instance looks what it can start."""
 
@@ -108,6 +88,7 @@ class Instance(Crew):
         world: Surroundings,
         *,
         token_bytes: float = 0.0,  # KV of a token on one rank
+        publish_bandwidth: float = 0.0,  # tokens/s whose KV it shows to pullers; 0: endless
         reports: bool = True,  # False: nobody asks for its load
     ) -> None:
         self.name = name
@@ -124,6 +105,8 @@ class Instance(Crew):
         self._events = events
         self._world = world
         self._token_bytes = token_bytes
+        self._publish: float = engine.publish
+        self._publish_token = 1.0 / publish_bandwidth if publish_bandwidth else 0.0
         self._prefill = scheduler if isinstance(scheduler, PrefillScheduler) else None
         self._decode = scheduler if isinstance(scheduler, DecodeScheduler) else None
         self._num_flights = 0
@@ -386,6 +369,7 @@ class Instance(Crew):
                 if sequence.life.first == NEVER:
                     sequence.life.first = now
                 if prefill and sequence.left() > 0:
+                    self._free = max(self._free, now) + self._publish + sequence.num_computed * self._publish_token
                     world.held(self, sequence, now)
         for finished in outcome.finished:
             world.finished(known(finished), now)

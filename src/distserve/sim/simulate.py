@@ -16,8 +16,9 @@ from distserve.errors import WorkloadError
 from distserve.metrics import SLO, Record, Report, Targets, default_warmup, report
 from distserve.plan import Plan
 from distserve.sched.policy import AdmissionPolicy
-from distserve.sim.instance import Trace, Usage
+from distserve.sim.instance import Trace
 from distserve.sim.life import NEVER, Life, lives_of
+from distserve.sim.usage import Usage
 from distserve.sim.world import World
 from distserve.workload import Workload
 

@@ -288,6 +288,7 @@ class World(Surroundings):
             self.events,
             self,
             token_bytes=token_bytes,
+            publish_bandwidth=(engine.publish_bandwidth or 0.0) / self._token_bytes,
             reports=choice,
         )
         return _Member(instance, knee / latency.prompts([knee]))

@@ -67,21 +67,23 @@ def as_measured(run: Measured, plan: Plan, costs: Costs) -> Imagination | None:
 
 
 def weather(known: Steps, plan: Plan, costs: Costs) -> dict[str, Weather]:
-    """Of each instance: how many times as long as its costs say a step took, from step to step. What a step of the
-    other kind would have taken is what the last of that kind did."""
+    """Of each instance: how many times as long as its costs say its steps took. An imagined step is as slow as the
+    measured one of its kind that is nearest to it in time: half of what lies between two belongs to each."""
     found = {}
     for name, steps_of in slowness(known, plan, costs).items():
-        prompts = decodes = 1.0
-        paces = [Pace(0.0, prompts, decodes)]
-        for step, times in sorted(steps_of):
-            if step.prompt_tokens:
-                prompts = times
-            else:
-                decodes = times
-            at = max(0.0, step.began)
-            if at == paces[-1].at:
+        changes: list[tuple[float, bool, float]] = []  # (second, prompts, times as long from then on)
+        for prompts in (True, False):
+            end = 0.0  # of the step before
+            for step, times in sorted(each for each in steps_of if bool(each[0].prompt_tokens) == prompts):
+                changes.append(((end + step.began) / 2 if end else 0.0, prompts, times))
+                end = step.began + step.seconds
+        paces = [Pace(0.0, 1.0, 1.0)]
+        for at, prompts, times in sorted(changes):
+            last = paces[-1]
+            pace = Pace(max(at, last.at), *((times, last.decodes) if prompts else (last.prompts, times)))
+            if pace.at == last.at:
                 paces.pop()
-            paces.append(Pace(at, prompts, decodes))
+            paces.append(pace)
         found[name] = Weather(tuple(paces))
     return found
 
