@@ -40,6 +40,7 @@ NOUNS = {
     "knee",
     "line",
     "flags",
+    "interrupts",
     "outputs",
     "plots",
     "steady",

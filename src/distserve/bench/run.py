@@ -7,10 +7,8 @@ import asyncio
 import gc
 import math
 import resource
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import uvloop
@@ -26,6 +24,7 @@ from distserve.bench.runner import Runner
 from distserve.bench.search import Search, Step, Trial
 from distserve.bench.tell import Told, tell
 from distserve.errors import UsageError
+from distserve.interrupts import interrupts
 from distserve.outputs import check_writable
 from distserve.workload import Workload
 
@@ -137,7 +136,7 @@ class _Bench:
     async def go(self) -> None:
         options = self._options
         self._task = asyncio.current_task()
-        with _interrupts(self._stop):
+        with interrupts(self._stop):
             async with Client(options.url, api_key=options.api_key, timeout=options.timeout) as client:
                 server = await servers.look(client, options.model)
                 self.told.model = server.model
@@ -183,21 +182,3 @@ class _Bench:
             self._runner.load.stop()
         elif self._task is not None:
             self._task.cancel()  # still asking the server about itself
-
-
-@contextmanager
-def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `stop`; a second Ctrl-C is an ordinary KeyboardInterrupt."""
-    loop = asyncio.get_running_loop()
-
-    def first() -> None:
-        loop.remove_signal_handler(signal.SIGINT)
-        stop()
-
-    loop.add_signal_handler(signal.SIGINT, first)
-    loop.add_signal_handler(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-        loop.remove_signal_handler(signal.SIGTERM)

@@ -6,11 +6,8 @@ Ctrl-C ends the measuring, not the command: what is there is written, if a fit c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-import signal
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,6 +19,7 @@ from distserve import machine
 from distserve.costs import format
 from distserve.engine.base import EngineOptions
 from distserve.errors import DistserveError, UsageError
+from distserve.interrupts import interruptible
 from distserve.outputs import check_writable, write_text
 from distserve.profiler import add, assemble, phases, show
 from distserve.profiler.grid import Range
@@ -123,27 +121,9 @@ def _measure(options: Options, where: Places, *, steps_only: bool, found: Findin
                 await _live(options, where.engines[0], within, found, budget)
 
         try:
-            asyncio.run(_interruptible(work))
-        except (asyncio.CancelledError, KeyboardInterrupt):  # the latter: before anything had begun
+            return asyncio.run(interruptible(work))
+        except KeyboardInterrupt:  # before anything had begun, or the second
             return True
-    return False
-
-
-async def _interruptible(work: Callable[[], Coroutine[None, None, None]]) -> None:
-    """Ctrl-C cancels the work, which then ends its processes."""
-    task = asyncio.ensure_future(work())
-    loop = asyncio.get_running_loop()
-    with _handler(loop, task):
-        await task
-
-
-@contextlib.contextmanager
-def _handler(loop: asyncio.AbstractEventLoop, task: asyncio.Future[None]) -> Iterator[None]:
-    loop.add_signal_handler(signal.SIGINT, task.cancel)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
 
 
 async def _engine(options: Options, where: Places, steps_only: bool, found: Findings, budget: Budget) -> Range:

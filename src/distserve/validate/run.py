@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import uvloop
@@ -22,6 +22,7 @@ from distserve.costs.base import Costs
 from distserve.costs.choose import choose_costs
 from distserve.costs.profile import Profile, ProfileCosts
 from distserve.errors import DistserveError, UsageError
+from distserve.interrupts import interruptible
 from distserve.outputs import check_writable
 from distserve.validate import grid, live, show, tell
 from distserve.validate import record as recordings
@@ -156,23 +157,9 @@ def _measure(validation: Validation) -> None:
         return
     gc.collect()
     gc.freeze()  # a collection that walks every workload would stop the clock-reader for milliseconds
-    uvloop.run(_interruptible(validation))
-
-
-async def _interruptible(validation: Validation) -> None:
-    """Ctrl-C and SIGTERM end the measuring; servers are stopped on the way out."""
-    task = asyncio.create_task(_all_plans(validation))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:
-        validation.interrupted = True
+    validation.interrupted = uvloop.run(interruptible(partial(_all_plans, validation)))
+    if validation.interrupted:
         show.say("stopped; what was measured is compared")
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 async def _all_plans(validation: Validation) -> None:
