@@ -74,8 +74,8 @@ class SmallCosts:
     def kv_blocks(self, tp: int, pp: int, kv_memory: int | float | None = None) -> int:
         return self._num_blocks
 
-    def degrees(self) -> tuple[int, ...]:
-        return (1,)
+    def degrees(self) -> tuple[tuple[int, int | None], ...]:
+        return ((1, None),)
 
     def assumed_cluster(self, num_devices: int) -> Cluster:
         return Cluster("a100-80g", 1, 8, 1e11)

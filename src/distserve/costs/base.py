@@ -101,8 +101,8 @@ class Costs(Protocol):
         the device's memory) of them on a device. Raises `PlanError` where none do."""
         ...
 
-    def degrees(self) -> tuple[int, ...]:
-        """The tensor parallelisms that something is known of."""
+    def degrees(self) -> tuple[tuple[int, int | None], ...]:
+        """The parallelisms that `latency` answers for, in order, each (tp, pp); pp None: whatever pp."""
         ...
 
     def assumed_cluster(self, num_devices: int) -> Cluster:

@@ -72,8 +72,8 @@ class EstimatedCosts:
         self._tables = tables
         self._by_tp: dict[int, Estimate] = {}
 
-    def degrees(self) -> tuple[int, ...]:
-        return allowed_tp(self.spec)
+    def degrees(self) -> tuple[tuple[int, int | None], ...]:
+        return tuple((tp, None) for tp in allowed_tp(self.spec))
 
     def latency(self, tp: int, pp: int) -> Latency:
         share = stage_layers(self.spec, pp)[0] / self.spec.num_layers

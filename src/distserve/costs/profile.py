@@ -120,15 +120,13 @@ class ProfileCosts:
         for (tp, _), entry in self._entries.items():
             _check_growth(f"the costs {self.name} for {model} at tp = {tp}", entry.coefficients, spec)
 
-    def degrees(self) -> tuple[int, ...]:
-        return tuple(sorted({tp for tp, _ in self._entries}))
+    def degrees(self) -> tuple[Degree, ...]:
+        return tuple(sorted(self._entries, key=_in_order))
 
     def latency(self, tp: int, pp: int) -> Latency:
         degree = (tp, pp) if (tp, pp) in self._entries else (tp, None)
         if degree not in self._entries:
-            known = ", ".join(
-                _words(degree) for degree in sorted(self._entries, key=lambda known: (known[0], known[1] or 0))
-            )
+            known = ", ".join(map(_words, self.degrees()))
             raise PlanError(f"the costs {self.name} do not know {_words((tp, pp))} of {self._model}: they know {known}")
         share = stage_layers(self.spec, pp)[0] / self.spec.num_layers
         entry = self._used[degree] = self._entries[degree]
@@ -155,7 +153,7 @@ class ProfileCosts:
 
     def notes(self, tokens: int, batch: int, context: int) -> list[str]:
         """Of the parallelisms that a latency was asked for."""
-        used = sorted(self._used.items(), key=lambda item: (item[0][0], item[0][1] or 0))
+        used = sorted(self._used.items(), key=lambda item: _in_order(item[0]))
         found = list(self.elsewhere)
         if self.engine.weather.paces:
             prompts, decodes = self.engine.weather.mean
@@ -189,6 +187,11 @@ class ProfileCosts:
                         f"{mean:.0%} on average, {error.left_out_max or mean:.0%} at worst"
                     )
         return found
+
+
+def _in_order(degree: Degree) -> tuple[int, int]:
+    tp, pp = degree
+    return tp, pp or 0
 
 
 def _words(degree: Degree) -> str:

@@ -75,29 +75,36 @@ def shapes(costs: Costs, cluster: Cluster, longest: int, max_devices: int) -> li
     """Those that fit the memory with the longest request's KV, smallest first. Raises `PlanError` where none does."""
     found, reason = [], ""
     most = min(max_devices, cluster.num_devices)
-    for tp in costs.degrees():
-        if tp > max(cluster.node_sizes):
+    for shape in _known(costs):
+        if shape.tp > max(cluster.node_sizes) or shape.num_ranks > min(most, MAX_RANKS):
             continue
-        for pp in allowed_pp(costs.spec):
-            if tp * pp > min(most, MAX_RANKS):
-                break
-            try:
-                tokens = costs.kv_blocks(tp, pp) * costs.engine.block_size
-            except PlanError as error:
-                reason = str(error)
-                continue
-            if tokens >= longest:
-                found.append(Shape(tp, pp))
-            else:
-                reason = (
-                    f"tp = {tp}, pp = {pp} has room for the KV of {tokens} tokens, the longest request has {longest}"
-                )
+        try:
+            tokens = costs.kv_blocks(shape.tp, shape.pp) * costs.engine.block_size
+        except PlanError as error:
+            reason = str(error)
+            continue
+        if tokens >= longest:
+            found.append(shape)
+        else:
+            reason = (
+                f"tp = {shape.tp}, pp = {shape.pp} has room for the KV of {tokens} tokens, the longest request has "
+                f"{longest}"
+            )
     if not found:
         raise PlanError(
-            f"no instance fits {most} devices ({cluster.describe()}): {reason or 'no tensor parallelism fits a node'}; "
+            f"no instance fits {most} devices ({cluster.describe()}): "
+            f"{reason or 'no parallelism that the costs know does'}; "
             "take a larger cluster or device, or a smaller model"
         )
     return sorted(found, key=lambda shape: (shape.num_ranks, shape.tp))
+
+
+def _known(costs: Costs) -> Iterator[Shape]:
+    """What the costs answer for, each once; where they do for any number of stages, those of equally many layers."""
+    shapes = {
+        Shape(tp, stages) for tp, pp in costs.degrees() for stages in (allowed_pp(costs.spec) if pp is None else (pp,))
+    }
+    yield from sorted(shapes, key=lambda shape: (shape.tp, shape.pp))
 
 
 def policies(costs: Costs, cluster: Cluster) -> tuple[Policy, ...]:

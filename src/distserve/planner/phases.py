@@ -11,11 +11,12 @@ from dataclasses import replace
 
 from distserve.cluster import Cluster
 from distserve.costs.base import Costs, Engine
-from distserve.costs.latency import Coefficients, Latency, PrefillLine
+from distserve.costs.latency import Coefficients, DecodeLine, Latency, PrefillLine
 from distserve.plan import InstanceSpec, Plan, Role
 from distserve.specs import ModelSpec
 
 _ENDLESS_TOKENS = 1 << 22  # of KV: what the endless side holds
+_NONE = Latency(Coefficients((PrefillLine(1e-9, 1e-12, 0.0),), (DecodeLine(1, 1e-9, 0.0, 0.0),)))  # and what it takes
 
 
 class ApartCosts:
@@ -30,17 +31,14 @@ class ApartCosts:
         self._endless = endless
 
     def latency(self, tp: int, pp: int) -> Latency:
-        if (tp, pp) != self._endless:
-            return self._costs.latency(tp, pp)
-        none = Coefficients((PrefillLine(1e-9, 1e-12, 0.0),), self._costs.latency(tp, pp).coefficients.decode)
-        return Latency(none)
+        return _NONE if (tp, pp) == self._endless else self._costs.latency(tp, pp)
 
     def kv_blocks(self, tp: int, pp: int, kv_memory: int | float | None = None) -> int:
         if (tp, pp) != self._endless:
             return self._costs.kv_blocks(tp, pp)
         return _ENDLESS_TOKENS // self.engine.block_size
 
-    def degrees(self) -> tuple[int, ...]:
+    def degrees(self) -> tuple[tuple[int, int | None], ...]:
         return self._costs.degrees()
 
     def assumed_cluster(self, num_devices: int) -> Cluster:
@@ -56,6 +54,6 @@ def prefill_apart(costs: Costs, spec: InstanceSpec) -> tuple[Plan, ApartCosts]:
 
 
 def decode_apart(costs: Costs, spec: InstanceSpec) -> tuple[Plan, ApartCosts]:
-    known = (costs.degrees()[0], 1)
-    endless = known if known != (spec.tp, spec.pp) else (known[0], 2)
+    tp = costs.degrees()[0][0]
+    endless = (tp, 1) if (tp, 1) != (spec.tp, spec.pp) else (tp, 2)
     return Plan((InstanceSpec(Role.PREFILL, *endless), spec)), ApartCosts(costs, endless)
