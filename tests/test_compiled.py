@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.test_architecture import house
@@ -88,6 +90,35 @@ def test_all_sources_that_shape_the_code_are_in_its_hash() -> None:
             waiting += sorted(modules[name].inside)
     rooms = {name for name in seen if modules[name].path.name == "__init__.py"}
     assert seen - rooms == {*compiled.MODULES, *compiled.TYPES}
+
+
+def test_all_that_shapes_the_code_beside_sources_is_in_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
+    folder = compiled.folder.__wrapped__
+    ours = folder()
+    assert folder() == ours
+    for name, other in (
+        ("FLAGS", ("-O0", *compiled.FLAGS[1:])),
+        ("MODULES", compiled.MODULES[1:]),
+        ("TYPES", compiled.TYPES[1:]),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(compiled, name, other)
+            assert folder() != ours, name
+    monkeypatch.setattr(platform, "machine", lambda: "another")
+    assert folder() != ours
+
+
+def test_what_is_in_the_hash_is_what_the_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\necho "$@" >> told\n')
+    compiler.chmod(0o755)
+    (tmp_path / "a.c").touch()
+    monkeypatch.setattr(compiled, "FLAGS", ("-O2", "-another"))
+    precompile._compile(str(compiler), tmp_path, [SimpleNamespace(name="a", sources=["a.c"])], tmp_path)
+    compiling, linking = (tmp_path / "told").read_text().splitlines()
+    assert compiling.startswith("-O2 -another -I")
+    assert linking.startswith("-shared a.c.o")
 
 
 def test_what_nobody_used_lately_is_cleared_away_when_something_new_is_made(

@@ -49,6 +49,7 @@ MODULES: Final = (
     "sim.life",
     "sim.pulls",
     "sim.swap",
+    "sim.usage",
     "sim.weather",
     "sim.world",
 )
@@ -71,6 +72,8 @@ TYPES: Final = (
     "traces",
 )
 
+FLAGS: Final = ("-O2", "-flto", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-DNDEBUG", "-w")  # of the C compiler
+
 
 def source(module: str) -> Path:
     """The file of one of the names above."""
@@ -79,8 +82,8 @@ def source(module: str) -> Path:
 
 @cache
 def folder() -> Path:
-    """Where the code compiled from these sources for this interpreter lies, or would lie."""
-    digest = hashlib.sha256(repr((sysconfig.get_config_var("SOABI"), platform.machine(), MODULES)).encode())
+    """Where the code compiled from these sources, with these flags, for this interpreter lies, or would lie."""
+    digest = hashlib.sha256(repr((sysconfig.get_config_var("SOABI"), platform.machine(), MODULES, FLAGS)).encode())
     for module in (*MODULES, *TYPES):
         digest.update(source(module).read_bytes())
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

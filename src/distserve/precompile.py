@@ -3,8 +3,8 @@
     python -m distserve.precompile
 
 Needs mypy (the extra `fast`) and a C compiler, and half a minute; the result lies in the user's cache, by a hash of the
-sources and of the interpreter. Several processes may do so at once: each works in a folder of its own and renames it.
-Whoever makes something new clears away what nobody used lately.
+sources, the interpreter and the C compiler's flags. Several processes may do so at once: each works in a folder of its
+own and renames it. Whoever makes something new clears away what nobody used lately.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 from distserve import compiled
 from distserve.native import BuildError, find_compiler
 
-_FLAGS = ("-O2", "-flto", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-DNDEBUG", "-w")
 _KEPT = 4  # folders in the cache: of other interpreters, and of sources that somebody goes back to
 _LATELY = 24 * 3600.0  # seconds; what was used since then may be in use
 
@@ -109,7 +108,7 @@ def _compile(compiler: str, work: Path, extensions: list[Any], made: Path) -> No
             raise BuildError(f"{compiler} {' '.join(arguments)} failed: {done.stderr.strip().splitlines()[:1]}")
 
     def compile_one(source: str) -> None:
-        run(*_FLAGS, include, runtime, "-Ic", "-c", source, "-o", f"{source}.o")
+        run(*compiled.FLAGS, include, runtime, "-Ic", "-c", source, "-o", f"{source}.o")
 
     sources = sorted({source for each in extensions for source in each.sources}, key=_size(work))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
