@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distserve.errors import RequestError
-from distserve.sched.blocks import BlockPool
+from distserve.sched.base import Sequence
+from distserve.sched.blocks import BlockCount, BlockPool
 
 
 def test_hands_out_consecutive_blocks_at_first() -> None:
@@ -84,3 +85,73 @@ def test_blocks_are_neither_lost_nor_doubled(num_blocks: int, operations: list[t
             pool.free(owned.pop(n % len(owned)))
         taken = [block for blocks in owned for block in blocks]
         assert len(taken) == len(set(taken)) == num_blocks - pool.num_free
+
+
+# -- to a sequence, and back ------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_keeps_what_it_has_and_gets_more_behind() -> None:
+    pool, sequence = BlockPool(8, 16), Sequence(1, 100)
+    pool.give(sequence, 2)
+    pool.give(sequence, 0)
+    pool.give(sequence, 3)
+    assert sequence.blocks == [0, 1, 2, 3, 4]
+    assert sequence.num_blocks == 5
+    pool.take_back(sequence)
+    assert (sequence.blocks, sequence.num_blocks, pool.num_free) == ([], 0, 8)
+    assert [pool.generations[block] for block in range(8)] == [1] * 5 + [0] * 3
+    pool.take_back(sequence)  # it has nothing
+    assert pool.num_free == 8
+
+
+def test_nobody_gets_a_list_that_is_another_ones() -> None:
+    pool = BlockPool(8, 16)
+    first, second = Sequence(1, 100), Sequence(2, 100)
+    pool.give(first, 0)
+    pool.give(second, 0)
+    pool.give(first, 2)
+    assert second.blocks == []
+    blocks = first.blocks
+    pool.take_back(first)
+    assert blocks == [], "who still holds the list cannot use its blocks by mistake"
+    pool.give(second, 2)
+    assert blocks == []
+
+
+@pytest.mark.parametrize("kind", [BlockPool, BlockCount])
+def test_more_than_is_free_is_not_given(kind: type[BlockPool]) -> None:
+    pool, sequence = kind(3, 16), Sequence(1, 100)
+    pool.give(sequence, 2)
+    with pytest.raises(AssertionError, match="2 blocks wanted, 1 free"):
+        pool.give(sequence, 2)
+    assert (sequence.num_blocks, pool.num_free) == (2, 1)
+
+
+def test_counted_blocks_come_back_once() -> None:
+    pool, sequence = BlockCount(3, 16), Sequence(1, 100)
+    pool.give(sequence, 2)
+    copy = Sequence(2, 100)
+    copy.num_blocks = sequence.num_blocks
+    pool.take_back(sequence)
+    with pytest.raises(AssertionError, match="more blocks are freed than there are"):
+        pool.take_back(copy)
+
+
+@given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 4), st.none() | st.integers(0, 8)), max_size=80))
+def test_counts_are_those_of_a_pool_with_ids(num_blocks: int, steps: list[tuple[int, int | None]]) -> None:
+    """The simulator's blocks are the server's, only counted."""
+    pool, count = BlockPool(num_blocks, 16), BlockCount(num_blocks, 16)
+    theirs, counted = ([Sequence(id, 100) for id in range(5)] for _ in range(2))
+    for id, n in steps:  # n None: all that it has comes back
+        if n is None:
+            pool.take_back(theirs[id])
+            count.take_back(counted[id])
+        elif n <= pool.num_free:
+            pool.give(theirs[id], n)
+            count.give(counted[id], n)
+        assert count.num_free == pool.num_free
+        assert count.capacity == pool.capacity
+        assert [one.num_blocks for one in counted] == [len(one.blocks) for one in theirs]
+        assert [one.num_blocks for one in theirs] == [len(one.blocks) for one in theirs]
+        taken = [block for one in theirs for block in one.blocks]
+        assert len(set(taken)) == len(taken) == num_blocks - pool.num_free
