@@ -20,6 +20,7 @@ from distserve.validate.explain import slowness
 from distserve.validate.plot import picture
 from distserve.validate.record import Recording, read
 from distserve.validate.show import attainment_pair, brief, latency_pair, step_pairs
+from experiments.accuracy import lots
 from experiments.accuracy.figures import STYLE, save
 from experiments.accuracy.tables import table
 
@@ -60,6 +61,15 @@ copies, which then take hardly longer ([Measurements](measurements.md)). So anot
 tiles. A profile keeps what it saw of it for as long as it measured, {span:.0f} s, and the simulator lives through that
 over and over; what the weather will be in the very minute of a run nobody can say. That is the difference between the
 two tables.
+"""
+LOTS = """
+## What nobody can know ahead
+
+Which weather (below) falls on which run is not to be known. How much that is worth can be computed: each run's
+requests were imagined in the weather of {draws} other runs of its plan. *Apart*: how far two such answers lie from
+each other, in the mean, for the very same requests. *Missed at least*: the error of somebody who had known all the
+weather of these runs, but not on which of them it would fall, and had predicted the median. On a machine with such
+weather no prediction made ahead is much closer than that, so the targets cannot be met ahead where it is above them.
 """
 NOISE = """
 Noise is how far repeated runs of the same requests lie apart, in the mean over their pairs; no prediction can be closer
@@ -115,6 +125,7 @@ def text() -> str:
         NOISE,
         "![Predicted beside measured](images/accuracy-live.svg)",
         capacities(comparison),
+        what_nobody_knows(found),
         weather(found),
         WHY,
         why(comparison.cells),
@@ -182,6 +193,19 @@ def why(found: Sequence[Cell]) -> str:
             ]
         )
     return table(["", "steps", "others", "ahead", "as it was"], reversed(rows))
+
+
+def what_nobody_knows(found: Live) -> str:
+    drawn = lots.lots(found.recording, found.costs)
+    if drawn is None:
+        return ""
+    rows = [
+        ["attainment", f"{100 * drawn.attainment:.1f} points", f"{100 * drawn.apart:.1f} points"],
+        ["attainment between 5% and 95%", f"{100 * drawn.steep:.1f} points", f"{100 * drawn.steep_apart:.1f} points"],
+    ]
+    for (name, part), error in drawn.latencies.items():
+        rows.append([f"{name.upper()} {part}", f"{100 * error:.1f} %", ""])
+    return LOTS.format(draws=lots.DRAWS).strip() + "\n\n" + table(["", "missed at least", "apart"], rows)
 
 
 def weather(found: Live) -> str:
