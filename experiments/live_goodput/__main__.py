@@ -16,7 +16,7 @@ from distserve.validate import record as recordings
 from distserve.validate.record import Recording
 from experiments.live_goodput import figures, page
 from experiments.live_goodput.cases import CASES, DURATION, RATES
-from experiments.live_goodput.contenders import ALL, MODEL, OURS
+from experiments.live_goodput.contenders import MODEL, OURS, VLLM, VLLM_APART
 from experiments.live_goodput.measuring import Asked, measure
 from experiments.live_goodput.results import rows
 
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, default=DATA / "live_goodput.jsonl.gz", help="file of measured runs")
     parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="of these, with commas")
     parser.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM's CPU build")
+    parser.add_argument("--vllm-apart", action="store_true", help="its own prefill and decode apart as well")
     parser.add_argument("--duration", type=float, default=DURATION, help="seconds of arrivals of a cell")
     parser.add_argument("--rates", type=int, default=RATES, help="so many of each case's, from the middle outwards")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="measure no longer than this")
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     costs = choose_costs(MODEL, "cpu", given.costs)
     if given.seconds > 0 and given.record.suffix == ".gz":
         parser.error(f"--record {given.record} is packed: name another file to measure into, or give --seconds 0")
+    if given.vllm_apart and not given.vllm_python:
+        parser.error("--vllm-apart: name vLLM's interpreter, too (--vllm-python)")
     if given.record.exists():
         recording = recordings.read(given.record)
     else:
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.seconds > 0:
         if recording.machine != machine.fingerprint("cpu"):
             parser.error(f"--record {given.record} was measured on {recording.machine}: name another file")
-        names = ALL if given.vllm_python else OURS
+        names = (*OURS, *_theirs(given.vllm_python, given.vllm_apart))
         cases = [case for case in CASES if case.name in wanted]
         measuring = measure(
             Asked(cases, names, given.duration, given.seconds, given.vllm_python, given.rates), costs, recording
@@ -65,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = given.record.name if given.record.parent != DATA else f"experiments/data/{given.record.name}"
     (given.out / "goodput.md").write_text(page.text(recording, costs, name), encoding="utf-8")
     return status
+
+
+def _theirs(python: str | None, apart: bool) -> tuple[str, ...]:
+    """Contenders that are not ours. vLLM's own split is asked for by itself: see docs/measurements.md."""
+    return () if python is None else (VLLM, VLLM_APART) if apart else (VLLM,)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Measures what a record file lacks, cell after cell; a cell is a case, a contender and a rate. The file is that of
-`distserve validate`, with contenders for plans, so that both can be read with the same code.
+"""Measures what a record file lacks, cell after cell; a cell is a case, a rate and a contender. The file is that of
+`distserve validate`, with contenders for plans, so that both can be read with the same code; a run keeps when it began.
 
 Every contender gets the same requests at the same times, at the same rates: those around the capacities that the
-simulator expects of ours. Ours go case by case, each from its middle rate outwards, so that what was measured is of use
-whenever it is stopped. A contender that is not ours takes minutes to start: it comes last, and stays up over all cases.
+simulator expects of ours. They are measured in turns: at each rate one directly behind the other, in an order that
+changes from rate to rate, so that a bad quarter of an hour of the machine is everybody's. All of their servers are up
+before the first of them is asked. Rates rise, and who is hopeless at one is left out above it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from statistics import fmean
 
 import uvloop
 
@@ -24,16 +27,19 @@ from distserve.errors import DistserveError, UsageError
 from distserve.metrics import quantile
 from distserve.plan import Plan
 from distserve.validate.grid import offered, rounded
-from distserve.validate.live import Site
 from distserve.validate.record import Chosen, Key, Measured, Recording
-from distserve.workload import Workload
+from experiments.live_goodput import peers
 from experiments.live_goodput.cases import DURATION, RATES, SCALES, Case
-from experiments.live_goodput.contenders import ALL, OURS, VLLM_APART, Contender, capacity, contenders, label, serving
+from experiments.live_goodput.contenders import OURS, Contender, capacity, contenders, label
+from experiments.live_goodput.neighbours import BEGAN
 from experiments.live_goodput.results import joint, pointless
+from experiments.live_goodput.servers import Servers
 
 _LOWEST, _HIGHEST = 0.6, 1.25  # of the smallest and the largest capacity that is expected
-# Seconds that a contender takes to start and warm up, that of ours and the other, and a cell beyond its arrivals.
-_START, _THEIR_START, _BEYOND = 15.0, 130.0, 6.0
+# Seconds until a run begins and behind its last answer, and those that one takes beyond its arrivals where none was
+# measured yet, of ours and theirs; and those in which a server starts and is warmed up.
+_AROUND, _BEYOND, _THEIR_BEYOND = 4.0, 6.0, 14.0
+_START, _THEIR_START = 10.0, 130.0
 _EVERYBODY = "all"  # whose rates are kept
 
 
@@ -59,14 +65,17 @@ class Measuring:
     who: dict[tuple[str, str], Contender]  # by name and workload
     deadline: float  # on the monotonic clock
     fresh: set[Key] = field(default_factory=set)  # measured by this command
-    failures: list[str] = field(default_factory=list)  # of contenders
+    lost: set[str] = field(default_factory=set)  # contenders that did not start, or died
+    failures: list[str] = field(default_factory=list)  # in words
     interrupted: bool = False
 
     def case(self, workload: str) -> Case:
         return next(case for case in self.asked.cases if case.workload == workload)
 
     def lacks(self, key: Key) -> bool:
-        """Not measured, or when the machine had other work; and worth it."""
+        """Not measured, or when the machine had other work; and worth it, of who can be measured."""
+        if key.plan in self.lost:
+            return False
         runs = self.recording.runs
         open_ = key not in self.fresh and (key not in runs or runs[key].disturbed > 0)
         return open_ and not pointless(key, self.case(key.workload), self.recording)
@@ -75,38 +84,52 @@ class Measuring:
     def left(self) -> list[Key]:
         return [key for key in self.cells if self.lacks(key)]
 
-    def about(self, cells: Sequence[Key]) -> float:
-        """Seconds that they take, with their contenders' starts."""
-        starts = {stay(key) for key in cells}
-        return len(cells) * (self.asked.duration + _BEYOND) + sum(
-            _START if name in OURS else _THEIR_START for name, _ in starts
-        )
+    def contender(self, key: Key) -> Contender:
+        return self.who[key.plan, key.workload]
 
-    def in_time(self, cells: Sequence[Key], *, started: bool) -> bool:
-        takes = self.asked.duration + _BEYOND if started else self.about(cells)
-        return time.monotonic() + takes <= self.deadline
+    def about(self, cells: Sequence[Key], servers: Servers | None = None) -> float:
+        """Seconds that they take, with the starts of servers that are not up."""
+        seconds = sum(map(self.takes, cells))
+        plans: dict[str, Contender] = {}
+        for key in cells:
+            mine = self.contender(key)
+            before = plans.get(key.plan)
+            up = servers is not None and servers.has(mine) if before is None else before.plan == mine.plan
+            plans[key.plan] = mine
+            seconds += 0.0 if up else _START if key.plan in OURS else _THEIR_START
+        return seconds
 
+    def takes(self, key: Key) -> float:
+        """Seconds of one cell: as those of the same contender and case did."""
+        ends = [run.end for other, run in self.recording.runs.items() if (other.plan, other.workload) == key[:2]]
+        beyond = _BEYOND if key.plan in OURS else _THEIR_BEYOND
+        return _AROUND + (fmean(ends) if ends else self.asked.duration + beyond)
 
-def stay(key: Key) -> tuple[str, str]:
-    """Cells of the same stay are measured without a start between them: a plan of ours differs from case to case."""
-    return key.plan, key.workload if key.plan in OURS else ""
+    def in_time(self, cells: Sequence[Key], servers: Servers) -> bool:
+        return time.monotonic() + self.about(cells, servers) <= self.deadline
 
 
 def grid(asked: Asked, costs: Costs, recording: Recording) -> tuple[list[Key], dict[tuple[str, str], Contender]]:
     """Every cell in the order to measure, and who serves it. What was chosen once stays, for it is in the file."""
-    found: list[tuple[tuple[int, ...], Key]] = []
+    found: list[Key] = []
     who = {}
     for number, case in enumerate(asked.cases):
         mine = {contender.name: contender for contender in _of(case, costs, asked.names, recording)}
-        rates = _rates(case, costs, mine, recording)
-        for name, contender in mine.items():
-            who[name, case.workload] = contender
-            place = (0, number, ALL.index(name)) if name in OURS else (1, ALL.index(name), number)
-            # the one that is slow from the start, from below: where that is hopeless, the rest need not be measured
-            order = from_the_middle(rates) if name != VLLM_APART else sorted(rates)
-            found += [(place, Key(name, case.workload, rate, 0, 0)) for rate in order[: asked.rates]]
-    found.sort(key=lambda pair: pair[0])  # stable: rates stay in order
-    return [key for _, key in found], who
+        rates = from_the_middle(_rates(case, costs, mine, recording))[: asked.rates]
+        for place, rate in enumerate(sorted(rates)):
+            turn = in_turn(asked.names, number * RATES + place)
+            found += [Key(name, case.workload, rate, 0, 0) for name in turn]
+        who.update({(name, case.workload): contender for name, contender in mine.items()})
+    return found, who
+
+
+def in_turn(names: Sequence[str], number: int) -> list[str]:
+    """The order of the round of this number. Over as many rounds as there are names (twice as many, where that is odd)
+    each stands once (twice) at every place and directly behind every other one (Williams 1949, a balanced design)."""
+    count = len(names)
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]  # 0, 1, -1, 2, -2, ..
+    order = [names[(place + number) % count] for place in zigzag]
+    return order[::-1] if count % 2 and number // count % 2 else order
 
 
 def from_the_middle(rates: Sequence[float]) -> list[float]:
@@ -175,38 +198,70 @@ async def _interruptible(measuring: Measuring) -> None:
 
 
 async def _all(measuring: Measuring) -> None:
-    for (name, _), row in groupby(measuring.left, key=stay):
-        mine = list(row)
-        if not measuring.in_time(mine[:1], started=False):
-            return
-        try:
-            async with serving(measuring.who[name, mine[0].workload], measuring.asked.vllm_python) as site:
-                for workload, cells in groupby(mine, key=lambda key: key.workload):
-                    lengths = measuring.case(workload).lengths.workload
-                    await site.warm_up(lengths)
-                    await _row(measuring, site, list(cells), lengths)
-        except DistserveError as error:
-            measuring.failures.append(f"{name}: {error}")
-            _say(f"error: {name}: {error}")
+    async with Servers(measuring.asked.vllm_python) as servers:
+        for _, cells in groupby(measuring.cells, key=lambda key: (key.workload, key.rate)):
+            open_ = [key for key in cells if _worth(measuring, key)]
+            if not open_:
+                continue
+            if not measuring.in_time(open_[:1], servers):
+                return
+            await _round(measuring, servers, open_)
 
 
-async def _row(measuring: Measuring, site: Site, cells: Sequence[Key], workload: Workload) -> None:
+def _worth(measuring: Measuring, key: Key) -> bool:
+    if measuring.lacks(key):
+        return True
+    if key not in measuring.recording.runs and key.plan not in measuring.lost:
+        _say(f"{key}: not measured: what it attains at a lower rate says enough of it")
+    return False
+
+
+async def _round(measuring: Measuring, servers: Servers, cells: Sequence[Key]) -> None:
+    """One contender directly behind the other: first all of them are made ready, then all are measured."""
+    lengths = measuring.case(cells[0].workload).lengths.workload
     for key in cells:
-        if not measuring.lacks(key):  # what was measured meanwhile says enough of it
-            _say(f"{key}: not measured: at a lower rate it attains nearly nothing")
+        with _lost(measuring, key):
+            await servers.ready(measuring.contender(key), lengths)
+    for key in cells:
+        if key.plan in measuring.lost:
             continue
-        if not measuring.in_time([key], started=True):
+        if not measuring.in_time([key], servers):
             return
-        left = measuring.left
-        title = f"{key} ({measuring.about(left) / 60:.0f} min left)"
-        measured = await site.measure(key, offered(key, workload, measuring.asked.duration, None), title)
-        if measured is None:
-            raise asyncio.CancelledError
-        measuring.recording.add(measured)
-        measuring.fresh.add(key)
-        left, told = measuring.left, _told(measured, measuring.case(key.workload))
-        done = len(measuring.cells) - len(left)
-        _say(f"{done} of {len(measuring.cells)}, {measuring.about(left) / 60:.0f} min left: {told}")
+        with _lost(measuring, key):
+            await _cell(measuring, servers, key)
+        if key.plan in measuring.lost:
+            await servers.end(measuring.contender(key))
+
+
+@contextmanager
+def _lost(measuring: Measuring, key: Key) -> Iterator[None]:
+    """A contender that does not start, or dies, is said, and measured no more."""
+    try:
+        yield
+    except DistserveError as error:
+        measuring.lost.add(key.plan)
+        measuring.failures.append(f"{key.plan}: {error}")
+        _say(f"error: {key.plan}: {error}")
+
+
+async def _cell(measuring: Measuring, servers: Servers, key: Key) -> None:
+    site, case = servers.of(measuring.contender(key)), measuring.case(key.workload)
+    title = f"{key} ({_minutes(measuring, servers)})"
+    began = time.time()
+    with peers.awake(site):
+        offer = offered(key, case.lengths.workload, measuring.asked.duration, None)
+        measured = await site.measure(key, offer, title)
+    if measured is None:
+        raise asyncio.CancelledError
+    measured = replace(measured, client={**measured.client, BEGAN: began})
+    measuring.recording.add(measured)
+    measuring.fresh.add(key)
+    done = len(measuring.cells) - len(measuring.left)
+    _say(f"{done} of {len(measuring.cells)}, {_minutes(measuring, servers)}: {_told(measured, case)}")
+
+
+def _minutes(measuring: Measuring, servers: Servers) -> str:
+    return f"{measuring.about(measuring.left, servers) / 60:.0f} min left"
 
 
 def _told(measured: Measured, case: Case) -> str:

@@ -13,6 +13,7 @@ from distserve.validate.record import Key, Recording
 from experiments.accuracy.tables import table
 from experiments.live_goodput.cases import CASES, GOAL, SCALES, Case
 from experiments.live_goodput.contenders import ALL, label
+from experiments.live_goodput.neighbours import Pair, by_rate, pairs, summary
 from experiments.live_goodput.results import NEAR, Choice, Row, behind, bounds, choice, ours, pointless, ranked, rows
 from experiments.live_goodput.same_weather import in_the_same_weather
 
@@ -41,6 +42,18 @@ the costs say: {shares}. Whoever was measured in a bad minute looks worse than h
 all of ours in the same weather, that of every colocated run, lived through by the simulator. It is good for that: over
 the {runs} runs of ours its attainment is off by {as_it_was:.1f} points in the mean when it knows how fast the machine
 was (and by {ahead:.1f} ahead).
+"""
+NEIGHBOURS = """
+## One directly behind the other
+
+At each rate the contenders were measured in turns, one directly behind the other, in an order that changed from rate to
+rate; so two neighbours met nearly the same machine. By how many points of attainment one is ahead of the other, in the
+mean over all pairs that were neighbours, at the targets and over all scales of them, and how far apart their weather
+was (below):
+"""
+THEIR_WEATHER = """
+Neighbours: attainment at the targets of one contender and of the one that was measured directly behind it. The weather
+is how many times as long as the costs say their steps with prompts took, in the mean ("-": vLLM does not tell).
 """
 SLOW = 1.5
 MISSING = """
@@ -72,24 +85,29 @@ def text(recording: Recording, costs: Costs, record: str) -> str:
     parts.append(_truth(recording, costs))
     if any(found for _, found in measured):
         parts.append(f"![Attainment against rate and against the scale of the targets](images/{IMAGE})")
-    parts += [_case(case, found, recording, costs) for case, found in measured if found]
+    close = {case.name: pairs(case, recording, costs) for case in CASES}
+    if neighbours := [pair for case in CASES for pair in close[case.name]]:
+        parts += [NEIGHBOURS, summary(neighbours)]
+    parts += [_case(case, found, recording, costs, close[case.name]) for case, found in measured if found]
     parts.append(MISSING.format(missing=_missing(measured, recording), record=record))
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _case(case: Case, found: Sequence[Row], recording: Recording, costs: Costs) -> str:
+def _case(case: Case, found: Sequence[Row], recording: Recording, costs: Costs, close: Sequence[Pair]) -> str:
     slo, chosen = case.slo, [choice(case, costs, scale) for scale in CHOICES]
-    by_rate, by_scale = _tables(case, found)
+    shares, by_scale = _tables(case, found)
     parts = [
         f"## {case.name.capitalize()}",
         f"Lengths: `{case.workload}`. Targets: TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s. Attainment in %, by rate:",
-        by_rate,
+        shares,
         "Goodput with these targets times a scale, requests/s:",
         by_scale,
         _best(found, slo),
         "The planner's choice for two cores, with this machine's costs, beside the best of ours that was measured:",
         _choices(case, found, chosen),
     ]
+    if close:
+        parts += [THEIR_WEATHER.strip(), by_rate(close)]
     if same := in_the_same_weather(case, recording, costs):
         parts += [
             f"**{case.name.capitalize()} in the same weather for all, simulated**: by rate, by scale, the choice.",
@@ -102,10 +120,10 @@ def _case(case: Case, found: Sequence[Row], recording: Recording, costs: Costs) 
 def _tables(case: Case, found: Sequence[Row]) -> tuple[str, str]:
     """(attainment by rate, goodput by scale)."""
     rates, slo = sorted({run.key.rate for row in found for run in row.runs}), case.slo
-    by_rate = [[row.contender, *(_share(row, rate, slo) for rate in rates), bounds(row, slo)] for row in found]
+    shares = [[row.contender, *(_share(row, rate, slo) for rate in rates), bounds(row, slo)] for row in found]
     by_scale = [[row.contender, *(bounds(row, case.scaled(scale)) for scale in SCALES)] for row in found]
     return (
-        table(["", *(f"{rate:g}/s" for rate in rates), "goodput, requests/s"], by_rate),
+        table(["", *(f"{rate:g}/s" for rate in rates), "goodput, requests/s"], shares),
         table(["", *(f"{scale:g}" for scale in SCALES)], by_scale),
     )
 

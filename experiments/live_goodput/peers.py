@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -43,8 +46,14 @@ from distserve.workload import Workload
 CORES = ("0", "1")
 KV_GIB = 1  # of each server, as our instances have by default
 _LOOK = 0.2  # seconds between two looks whether a server is ready
-_TIMEOUT = 600.0  # seconds of one answer
-_CONNECTOR = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
+# Seconds of one answer: longer than the longest may take at the loosest targets, so that who is hopelessly overloaded
+# misses them, and does not hold up everybody else.
+_TIMEOUT = 120.0
+_CONNECTOR = {
+    "kv_connector": "NixlConnector",
+    "kv_connector_module_path": "experiments.live_goodput.patient",
+    "kv_buffer_device": "cpu",
+}
 _ROLES = ("kv_producer", "kv_consumer")
 _HAND_OFF = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -73,6 +82,7 @@ async def apart(python: str) -> AsyncIterator[Site]:
             "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(processes.free_port()),
             "UCX_NET_DEVICES": "lo",
+            "PYTHONPATH": str(Path(__file__).parents[2]),  # where the connector is
         }
         found.append(processes.vllm(python, demo_folder(), kv_gib=KV_GIB, cores=core, arguments=arguments, env=env))
     prefill, decode = found
@@ -112,6 +122,7 @@ async def _ready(found: Sequence[processes.Server]) -> AsyncIterator[None]:
         yield
     finally:
         # Without await: a second Ctrl-C must not leave one of them running, and nothing else runs in this loop now.
+        _signal(begun, signal.SIGCONT)  # who is stopped would not hear
         for server in begun:
             server.ask_to_end()
         for server in begun:
@@ -124,12 +135,35 @@ async def _site(client: Client, found: Sequence[processes.Server]) -> Site:
     return Peers(client, Runner(BenchOptions(url=client.url), client, named, prompts), found)
 
 
+def _signal(found: Sequence[processes.Server], number: signal.Signals) -> None:
+    for server in found:
+        with suppress(ProcessLookupError):  # all of its processes have ended
+            os.killpg(server.pid, number)
+
+
+@contextmanager
+def awake(site: Site) -> Iterator[None]:
+    """One of vLLM's runs in here, and is stopped afterwards; nothing happens to ours."""
+    if not isinstance(site, Peers):
+        yield
+        return
+    site.signal(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        site.signal(signal.SIGSTOP)
+
+
 class Peers(Site):
     """Several servers under one client."""
 
     def __init__(self, client: Client, runner: Runner, found: Sequence[processes.Server]) -> None:
         super().__init__(client, runner)
         self._found = found
+
+    def signal(self, number: signal.Signals) -> None:
+        """To all of their processes."""
+        _signal(self._found, number)
 
     async def measure(self, key: Key, workload: Workload, title: str) -> Measured | None:
         before = self._clocks()

@@ -100,14 +100,14 @@ def behind(mine: Row, winner: Row, slo: SLO) -> tuple[float, bool]:
 
 
 def pointless(key: Key, case: Case, recording: Recording) -> bool:
-    """Whether a lower rate was measured already where not even the loosest targets are met by half of the requests:
-    what is left above it takes long, and says nothing of the goodput."""
-    loosest = case.scaled(SCALES[-1])
+    """Whether at a lower rate, measured already, not even the loosest targets are met by half of the requests, or, of
+    who is not ours, by as many as a goodput asks for: what is left above it takes long, and says nothing of that."""
+    loosest, enough = case.scaled(SCALES[-1]), HALF if key.plan in OURS else GOAL
     return any(
         (other.plan, other.workload) == (key.plan, key.workload)
         and other.rate < key.rate
         and not run.spoiled
-        and joint(run, loosest) < HALF
+        and joint(run, loosest) < enough
         for other, run in recording.runs.items()
     )
 

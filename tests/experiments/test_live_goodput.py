@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from benchmarks.servers import Server, free_port
 from experiments.live_goodput import figures, measuring, page, peers, results
 from experiments.live_goodput.cases import CASES, SCALES
 from experiments.live_goodput.contenders import APART, CHUNKED, OURS, VLLM, VLLM_APART, WHOLE
-from experiments.live_goodput.measuring import Asked, from_the_middle, measure
+from experiments.live_goodput.measuring import Asked, Measuring, from_the_middle, in_turn, measure
+from experiments.live_goodput.neighbours import BEGAN, by_rate, pairs, summary
 from experiments.live_goodput.results import Choice, Row
+from experiments.live_goodput.servers import Servers
 from tests.validate.support import MODEL, load_costs, write_costs
 
 from benchmarks import servers as processes
 from distserve.costs.base import Costs
 from distserve.metrics import Record
+from distserve.validate import others
 from distserve.validate.record import Chosen, Key, Measured, Recording
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
@@ -76,6 +80,14 @@ def lines(diary: Path, kind: str) -> list[Any]:
 
 def gone(diary: Path) -> bool:
     return not any(psutil.pid_exists(line["pid"]) for line in lines(diary, "pid"))
+
+
+def all_stopped(diary: Path) -> int:
+    """How many there are; returns as soon as they are."""
+    pids = [line["pid"] for line in lines(diary, "pid")]
+    for pid in pids:
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+    return len(pids)
 
 
 def test_replicas_start_once_for_all_cases(
@@ -176,21 +188,83 @@ def test_ctrl_c_keeps_whole_cells_and_ends_the_servers(
     assert gone(diary)
 
 
-def test_ours_go_case_by_case_and_theirs_stay_up(
+def test_contenders_take_turns_at_each_rate(
     recording: Recording, costs: Costs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("experiments.live_goodput.contenders.capacity", lambda case, plan, costs: 1.0)
-    cells, who = measuring.grid(asked(*OURS, VLLM, VLLM_APART), costs, recording)
-    stays = list(dict.fromkeys(map(measuring.stay, cells)))
-    assert stays == [
-        *((name, case.workload) for case in (CHAT, CODE) for name in OURS),
-        (VLLM, ""),
-        (VLLM_APART, ""),
+    names = (*OURS, VLLM, VLLM_APART)
+    cells, who = measuring.grid(asked(*names), costs, recording)
+    rounds = [cells[i : i + 5] for i in range(0, len(cells), 5)]
+    assert [{(key.workload, key.rate) for key in each} for each in rounds] == [
+        {(case.workload, rate)} for case in (CHAT, CODE) for rate in (4.0, 8.0)
     ]
-    assert len(cells) == 5 * 2 * 2
-    assert [key.rate for key in cells if (key.plan, key.workload) == (VLLM_APART, CHAT.workload)] == [4.0, 8.0]
+    assert all(sorted(key.plan for key in each) == sorted(names) for each in rounds)
+    assert len({each[0].plan for each in rounds}) > 1
     assert set(who) == {(key.plan, key.workload) for key in cells}
     assert from_the_middle((1, 2, 3, 4, 5)) == [3, 2, 4, 1, 5]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_everyone_stands_as_often_behind_every_other(count: int) -> None:
+    names = [str(i) for i in range(count)]
+    rounds = count if count % 2 == 0 else 2 * count
+    orders = [in_turn(names, number) for number in range(rounds)]
+    assert all(sorted(order) == names for order in orders)
+    for place in range(count):
+        assert {[order[place] for order in orders].count(name) for name in names} == {rounds // count}
+    behind = [pair for order in orders for pair in pairwise(order)]
+    assert {behind.count(pair) for pair in permutations(names, 2)} <= {rounds // count}
+
+
+def test_one_directly_behind_the_other_and_stopped_between(
+    fakes: Modes, recording: Recording, costs: Costs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diary = fakes()
+    stopped: list[int] = []
+    cell = measuring._cell
+
+    async def watched(found: Measuring, servers: Servers, key: Key) -> None:
+        stopped.append(all_stopped(diary))
+        await cell(found, servers, key)
+
+    monkeypatch.setattr(measuring, "_cell", watched)
+    monkeypatch.setattr(others, "look", lambda session: None)  # what else runs here spoils nothing
+    assert measure(asked(VLLM, VLLM_APART, cases=[CHAT]), costs, recording).failures == []
+    assert stopped == [4] * 4  # all are up before the first cell, and none is at work between two
+    assert gone(diary)
+    began = [(run.client[BEGAN], key.rate, key.plan) for key, run in recording.runs.items()]
+    assert [(rate, name) for _, rate, name in sorted(began)] == [
+        (4.0, VLLM), (4.0, VLLM_APART), (8.0, VLLM_APART), (8.0, VLLM)
+    ]  # fmt: skip
+    found = pairs(CHAT, recording, costs)
+    assert [(pair.first.key.rate, pair.names) for pair in found] == [
+        (4.0, (VLLM, VLLM_APART)), (8.0, (VLLM_APART, VLLM))
+    ]  # fmt: skip
+    assert by_rate(found).count("- / -") == 2
+    assert f"| {VLLM} | {VLLM_APART} | 2 |" in summary(found)
+
+
+def test_who_dies_is_left_and_the_others_go_on(fakes: Modes, recording: Recording, costs: Costs) -> None:
+    diary = fakes("", "dies")  # in its third request: the one that is asked first, of two that are the same
+    found = measure(asked(VLLM, VLLM_APART, cases=[CHAT]), costs, recording)
+    assert len(found.failures) == len(found.lost) == 2
+    assert not found.left
+    assert gone(diary)
+
+
+def test_runs_that_did_not_keep_when_they_began_are_nobodys_neighbours(recording: Recording, costs: Costs) -> None:
+    for each in (row(VLLM, 1.0), row(VLLM_APART, 0.5)):
+        recording.add(each.runs[0])
+    assert pairs(CHAT, recording, costs) == []
+    for name, began in ((VLLM, 100.0), (VLLM_APART, 114.0)):
+        run = recording.runs[Key(name, CHAT.workload, 1.0, 0, 0)]
+        recording.add(replace(run, client={BEGAN: began}))
+    (pair,) = pairs(CHAT, recording, costs)
+    assert pair.gain(VLLM, CHAT.slo) == 0.5
+    assert pair.gain(VLLM_APART, CHAT.slo) == -0.5
+    run = recording.runs[pair.second.key]
+    recording.add(replace(run, client={BEGAN: 1e4}))  # much later
+    assert pairs(CHAT, recording, costs) == []
 
 
 # -- what is said of it ------------------------------------------------------------------------------------------------
@@ -239,8 +313,10 @@ def test_the_middle_rate_of_ours_is_drawn_by_scale() -> None:
 
 
 def test_rates_that_cannot_hold_a_goodput_are_left_out(recording: Recording) -> None:
-    (run,) = row(VLLM_APART, 0.3).runs
+    (run,) = row(VLLM_APART, 0.8).runs
     recording.add(replace(run, key=run.key._replace(rate=4.0)))
+    recording.add(replace(run, key=run.key._replace(plan=WHOLE, rate=4.0)))
+    assert not results.pointless(Key(WHOLE, CHAT.workload, 8.0, 0, 0), CHAT, recording)  # over half
     above = Key(VLLM_APART, CHAT.workload, 8.0, 0, 0)
     assert results.pointless(above, CHAT, recording)
     assert not results.pointless(above._replace(rate=2.0), CHAT, recording)

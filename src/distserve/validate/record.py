@@ -56,7 +56,8 @@ class Measured:
     client: Mapping[str, float] = field(
         default_factory=dict
     )  # cpu (share of a core), late_p99, lag_p99 (s), sent_share;
-    # others, stolen: cores that other programs used meanwhile, and that the machine's host took
+    # others, stolen: cores that other programs used meanwhile, and that the machine's host took; whatever else whoever
+    # measured keeps of it
     bottleneck: str = ""  # how the client spoiled the run; "": it did not
     server: Mapping[str, float] = field(default_factory=dict)  # by how much its metrics grew
     warnings: tuple[str, ...] = ()
