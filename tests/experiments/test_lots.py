@@ -38,7 +38,7 @@ def test_where_the_weather_is_always_the_same_everything_can_be_known(tmp_path: 
     found = lots(told(costs, [1.0, 1.0, 1.0]), costs)
     assert found is not None
     assert found.attainment == found.apart == 0.0
-    assert all(error < 1e-6 for error in found.latencies.values())
+    assert max(found.latencies.values()) < 1e-4
 
 
 def test_where_it_changes_from_run_to_run_nobody_can_know(tmp_path: Path) -> None:
