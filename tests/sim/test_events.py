@@ -60,13 +60,13 @@ def test_an_event_that_happened_can_be_planned_again(first: list[float], later: 
         heap.push(event)
         heapq.heappush(reference, (event.time, event.order))
     for order, more in enumerate(later, len(first)):
-        event = heap.first()
-        assert event is not None
-        assert (event.time, event.order) == reference[0]
+        next_ = heap.first()
+        assert next_ is not None
+        assert (next_.time, next_.order) == reference[0]
         heap.pop()
-        event.time, event.order = event.time + more, order
-        heap.push(event)
-        heapq.heapreplace(reference, (event.time, event.order))
+        next_.time, next_.order = next_.time + more, order
+        heap.push(next_)
+        heapq.heapreplace(reference, (next_.time, next_.order))
     left = []
     while (rest := heap.first()) is not None:
         left.append((rest.time, rest.order))
