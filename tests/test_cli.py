@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -59,6 +60,21 @@ def test_every_option_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) ->
     for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name} has no help"
+
+
+def test_options_that_say_the_same_are_declared_once() -> None:
+    """In flags.py: two copies of a sentence become two sentences."""
+    import typer
+
+    declared: dict[str, tuple[str, object]] = {}
+    for info in cli.app.registered_commands:
+        assert info.callback is not None
+        for name, hint in get_type_hints(info.callback, include_extras=True).items():
+            for option in getattr(hint, "__metadata__", ()):
+                if isinstance(option, typer.models.OptionInfo) and option.help:
+                    whose, one = declared.setdefault(option.help, (f"{info.callback.__name__} {name}", option))
+                    assert one is option, f"{whose} and {info.callback.__name__} {name}: put it into flags.py"
+    assert len(declared) > 60
 
 
 def test_no_command_prints_the_help_and_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
