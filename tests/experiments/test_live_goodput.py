@@ -18,7 +18,7 @@ import pytest
 from benchmarks.servers import Server, free_port
 from experiments.live_goodput import figures, measuring, page, peers, results
 from experiments.live_goodput.cases import CASES, SCALES
-from experiments.live_goodput.contenders import APART, CHUNKED, OURS, VLLM, VLLM_APART, WHOLE
+from experiments.live_goodput.contenders import APART, CHUNKED, OURS, VLLM, VLLM_APART, WHOLE, label
 from experiments.live_goodput.measuring import Asked, Measuring, from_the_middle, in_turn, measure
 from experiments.live_goodput.neighbours import BEGAN, by_rate, pairs, summary
 from experiments.live_goodput.results import Choice, Row
@@ -28,8 +28,9 @@ from tests.validate.support import MODEL, load_costs, write_costs
 from benchmarks import servers as processes
 from distserve.costs.base import Costs
 from distserve.metrics import Record
-from distserve.validate import others
+from distserve.validate import grid, others
 from distserve.validate.record import Chosen, Key, Measured, Recording
+from distserve.validate.steps import Step
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 CHAT, CODE, _ = CASES
@@ -265,6 +266,24 @@ def test_runs_that_did_not_keep_when_they_began_are_nobodys_neighbours(recording
     run = recording.runs[pair.second.key]
     recording.add(replace(run, client={BEGAN: 1e4}))  # much later
     assert pairs(CHAT, recording, costs) == []
+
+
+def test_neighbours_are_compared_with_how_far_their_weather_was_apart(
+    recording: Recording, costs: Costs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "choice", lambda case, costs, scale: Choice(WHOLE, 1.0))
+    assert "directly behind" not in page.text(recording, costs, "runs.jsonl")
+    coefficients = costs.latency(1, 1).coefficients
+    for name, share, began, times in ((APART, 1.0, 100.0, 1.5), (WHOLE, 0.5, 114.0, 2.0)):
+        served = grid.pinned(grid.PLANS["1p1d" if name == APART else "2c-whole"], costs, MODEL, "cpu")
+        recording.add_plan(label(name, CHAT), served, served)
+        (run,) = row(name, share).runs
+        slow = Step(0.0, times * coefficients.prompts(64, 4096), 64, 4096, 0, 0)
+        steps = {replica.name: (slow,) for replica in served.replicas()}
+        recording.add(replace(run, client={BEGAN: began}, steps=steps))
+    said = page.text(recording, costs, "runs.jsonl")
+    assert f"| {APART} | {WHOLE} | 1 | +50.0 | +50.0 | 0.50 |" in said
+    assert f"| 1/s | {APART} | {WHOLE} | 100.0 | 50.0 | -50.0 | 1.50 / 2.00 |" in said
 
 
 # -- what is said of it ------------------------------------------------------------------------------------------------
