@@ -9,13 +9,6 @@ from distserve.sched.base import Batch, Outcome, Scheduler, Sequence, State
 from distserve.sched.blocks import BlockPool
 
 
-@dataclass
-class Result:
-    """A `StepResult`: ids of the sequences whose sampled token was their last."""
-
-    ended: Collection[int] = ()
-
-
 class CountedPool(BlockPool):
     """Counts how often each block was freed, to compare with its generation."""
 
@@ -33,7 +26,7 @@ def run_step(scheduler: Scheduler, ended: Collection[int] = (), now: float = 0.0
     """One batch, executed at once."""
     batch = scheduler.next_batch(now)
     assert batch is not None, "nothing to run"
-    return batch, scheduler.complete(batch, Result(ended), now)
+    return batch, scheduler.complete(batch, ended, now)
 
 
 def shape(batch: Batch | None) -> list[tuple[int, int]]:

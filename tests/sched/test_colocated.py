@@ -1,5 +1,5 @@
 import pytest
-from tests.sched.support import Result, ids, run_step, shape
+from tests.sched.support import ids, run_step, shape
 
 from distserve.errors import RequestError
 from distserve.sched.base import Scheduler, Sequence, State
@@ -64,7 +64,7 @@ class TestChunked:
         first, second = target.next_batch(0.0), target.next_batch(0.0)
         assert first is not None
         assert (shape(first), shape(second)) == ([(0, 32)], [(1, 32)])
-        target.complete(first, Result(), 0.0)
+        target.complete(first, (), 0.0)
         assert shape(target.next_batch(0.0)) == [(0, 18)]
 
     def test_a_preempted_sequence_is_recomputed_in_chunks(self) -> None:
@@ -131,7 +131,7 @@ class TestBoth:
         assert batch is not None
         assert target.abort(0, 0.0).dropped == []
         assert ids(target.abort(2, 0.0).dropped) == [2]
-        assert ids(target.complete(batch, Result(), 0.0).dropped) == [0]
+        assert ids(target.complete(batch, (), 0.0).dropped) == [0]
         assert ids(target.abort(1, 0.0).dropped) == [1]
         load = target.load()
         assert (load.num_free_blocks, load.num_running, load.num_queued, load.num_queued_tokens) == (8, 0, 0, 0)

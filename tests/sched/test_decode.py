@@ -2,7 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.sched.support import Result, ids, run_step, shape
+from tests.sched.support import ids, run_step, shape
 
 from distserve.errors import RequestError
 from distserve.sched.base import Outcome, PullingScheduler, Sequence, State
@@ -72,7 +72,7 @@ class TestPulls:
             batch = decode.next_batch(0.0)
             assert batch is not None
             assert len(batch.items) <= 4
-            served += ids(decode.complete(batch, Result({s.id for s, _ in batch.items}), 0.0).finished)
+            served += ids(decode.complete(batch, {s.id for s, _ in batch.items}, 0.0).finished)
         assert served == list(range(40))
         assert decode.load().num_preemptions == 0
 
@@ -231,7 +231,7 @@ class TestPreemption:
             batch = decode.next_batch(0.0)
             assert batch is not None
             over = {s.id for s, n in batch.items if s.num_tokens > 40 and s.num_computed + n == s.num_tokens}
-            order += ids(decode.complete(batch, Result(over), 0.0).finished)
+            order += ids(decode.complete(batch, over, 0.0).finished)
         assert order == [0, 1, 2, 3]
 
     def test_the_only_one_is_never_preempted_and_ends_when_memory_is_full(self) -> None:
@@ -264,10 +264,10 @@ class TestPreemption:
         assert one is not None
         assert two is not None
         assert (shape(one), shape(two)) == ([(0, 1)], [(1, 1)])
-        decode.complete(one, Result(), 0.0)
+        decode.complete(one, (), 0.0)
         assert decode.next_batch(0.0) is None, "the device still writes to the blocks it would take"
         assert second.state is State.RUNNING
-        decode.complete(two, Result(), 0.0)
+        decode.complete(two, (), 0.0)
         assert shape(decode.next_batch(0.0)) == [(0, 1)]
         assert (second.state, len(first.blocks)) == (State.PREEMPTED, 3)
 
@@ -292,7 +292,7 @@ class TestMicroBatches:
         for turn in range(6):
             batch = in_flight.pop(0)
             assert batch is not None
-            decode.complete(batch, Result({0, 1} if turn == 0 else ()), 0.0)
+            decode.complete(batch, {0, 1} if turn == 0 else (), 0.0)
             in_flight.append(decode.next_batch(0.0))
             sizes.append(sorted(len(shape(batch)) for batch in in_flight))
         assert sizes[-1] == [2, 2]
@@ -338,7 +338,7 @@ class TestAbort:
         assert batch is not None
         assert decode.abort(0, 0.0).dropped == []
         assert len(first.blocks) == 2
-        outcome = decode.complete(batch, Result({0}), 0.0)
+        outcome = decode.complete(batch, {0}, 0.0)
         assert (outcome.dropped, outcome.sampled, outcome.finished) == ([first], [second], [])
 
     def test_preempted(self) -> None:

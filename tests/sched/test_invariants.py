@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.sched.support import Auditor, CountedPool, Result, ids
+from tests.sched.support import Auditor, CountedPool, ids
 
 from distserve.sched.base import Batch, Sequence, State
 from distserve.sched.colocated import colocated_scheduler
@@ -81,7 +81,7 @@ class PrefillMachine(RuleBasedStateMachine):
         batch = self.auditor.in_flight[0]
         before = self.auditor.completing(batch)
         over = {s.id for i, (s, _) in enumerate(batch.items) if i in ended}
-        outcome = self.scheduler.complete(batch, Result(over), self.now)
+        outcome = self.scheduler.complete(batch, over, self.now)
         self.auditor.completed(batch, before, outcome)
         for sequence in outcome.held:
             assert sequence.state is State.HELD
@@ -221,7 +221,7 @@ class ContinuousMachine(RuleBasedStateMachine):
                     ended.add(sequence.id)
                 elif sequence.num_tokens == self.pool.capacity:
                     full.add(sequence.id)
-        outcome = self.scheduler.complete(batch, Result(ended), 0.0)
+        outcome = self.scheduler.complete(batch, ended, 0.0)
         self.auditor.completed(batch, before, outcome)
         assert set(ids(outcome.finished)) == ended | full
 

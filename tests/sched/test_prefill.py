@@ -1,5 +1,5 @@
 import pytest
-from tests.sched.support import Result, ids, run_step, shape
+from tests.sched.support import ids, run_step, shape
 
 from distserve.errors import RequestError
 from distserve.sched.base import HoldingScheduler, Sequence, State
@@ -58,7 +58,7 @@ def test_pipeline_stages_each_get_a_batch() -> None:
     first, second = prefill.next_batch(0.0), prefill.next_batch(0.0)
     assert first is not None
     assert (shape(first), shape(second), shape(prefill.next_batch(0.0))) == ([(0, 5)], [(1, 6)], [])
-    prefill.complete(first, Result(), 0.0)
+    prefill.complete(first, (), 0.0)
     assert shape(prefill.next_batch(0.0)) == [(2, 7)]
 
 
@@ -69,7 +69,7 @@ def test_batches_complete_in_order() -> None:
     second = prefill.next_batch(0.0)
     assert second is not None
     with pytest.raises(AssertionError, match="which was made earlier"):
-        prefill.complete(second, Result(), 0.0)
+        prefill.complete(second, (), 0.0)
 
 
 def test_a_prefilled_sequence_is_held_until_released() -> None:
@@ -178,7 +178,7 @@ class TestAbort:
         assert prefill.abort(0, 0.0).dropped == []
         assert prefill.release(0, 0.0).dropped == []
         assert (len(first.blocks), 0 in prefill) == (2, True)
-        outcome = prefill.complete(batch, Result({0}), 0.0)
+        outcome = prefill.complete(batch, {0}, 0.0)
         assert (outcome.dropped, outcome.sampled, outcome.held) == ([first], [second], [second])
         assert (first.blocks, 0 in prefill) == ([], False)
 

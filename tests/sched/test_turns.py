@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.sched.support import Result, ids
+from tests.sched.support import ids
 
 from distserve.sched.base import Batch, Sequence
 from distserve.sched.blocks import BlockCount, BlockPool
@@ -46,7 +46,7 @@ def test_who_comes_together_stays_together() -> None:
     assert scheduler.next_batch(0.0) is None  # the other micro-batch is empty and passes its turn
     comes(scheduler, 3)
     assert scheduler.next_batch(0.0) is None  # it has passed: 3 comes too late for it
-    scheduler.complete(first, Result(), 0.0)
+    scheduler.complete(first, (), 0.0)
     first = launch(scheduler)
     assert members(first) == [1, 2, 3]  # and joins the one whose turn it is: the large one grows
 
@@ -59,15 +59,15 @@ def test_two_micro_batches_alternate() -> None:
     second = launch(scheduler)
     assert members(second) == [2]
     for _ in range(3):
-        scheduler.complete(first, Result(), 0.0)
+        scheduler.complete(first, (), 0.0)
         first = launch(scheduler)
         assert members(first) == [1]
-        scheduler.complete(second, Result(), 0.0)
+        scheduler.complete(second, (), 0.0)
         second = launch(scheduler)
         assert members(second) == [2]
-    scheduler.complete(first, Result([1]), 0.0)
+    scheduler.complete(first, [1], 0.0)
     assert scheduler.next_batch(0.0) is None
-    outcome = scheduler.complete(second, Result([2]), 0.0)
+    outcome = scheduler.complete(second, [2], 0.0)
     assert ids(outcome.finished) == [2]
     assert scheduler.next_batch(0.0) is None
     assert scheduler.pool.num_free == 64

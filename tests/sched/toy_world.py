@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tests.sched.support import CountedPool, Result
+from tests.sched.support import CountedPool
 
 from distserve.sched.base import Batch, Load, Outcome, Sequence, State
 from distserve.sched.colocated import colocated_scheduler
@@ -283,7 +283,7 @@ class Instance:
         if epoch != self.epoch or self.hung:
             return
         ended = {sequence.id for sequence, n, start, blocks in writes if self.compute(sequence, n, start, blocks)}
-        outcome = self.scheduler.complete(batch, Result(ended), self.world.now)
+        outcome = self.scheduler.complete(batch, ended, self.world.now)
         events = []
         held = {sequence.id for sequence in outcome.held}
         for sequence in outcome.sampled:

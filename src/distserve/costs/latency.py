@@ -271,7 +271,9 @@ class Latency:
         assert self.pp == 1, "steps of a pipeline overlap: drive them one by one"
         run = self.coefficients.run(batch, context)
         step, share = self.decode_step, self.share
-        return Run(step.per_step + step.per_sequence * batch + run.seconds * share, run.growth * share, run.steps)
+        run.seconds = step.per_step + step.per_sequence * batch + run.seconds * share
+        run.growth *= share
+        return run
 
     def _host(self, tokens: int, sequences: int) -> float:
         step = self.prompt_step if tokens else self.decode_step

@@ -163,6 +163,7 @@ class Sequence:
 
 
 Item = tuple[Sequence, int]  # and how many tokens of it
+NOBODY: Final[list[Sequence]] = []  # most answers name nobody; this list is never changed
 
 
 class Batch:
@@ -182,7 +183,7 @@ class Batch:
         self.id = id
         self.others = others
         self.lockstep = lockstep
-        self.members: list[Sequence] = [] if members is None else members
+        self.members: list[Sequence] = NOBODY if members is None else members
         self._items: list[Item] | None = None
 
     @property
@@ -213,18 +214,6 @@ def composition(items: list[Item], padded: bool = False) -> tuple[int, int, int,
     if padded and prompts > 1:
         tokens, squares = prompts * longest, prompts * longest * longest
     return tokens, squares, batch, context
-
-
-class StepResult(Protocol):
-    """What the world reports of an executed batch."""
-
-    @property
-    def ended(self) -> Collection[int]:
-        """Ids of the sequences whose sampled token was their last."""
-        ...
-
-
-NOBODY: Final[list[Sequence]] = []  # most answers name nobody; this list is never changed
 
 
 class Outcome:
@@ -325,10 +314,10 @@ class Scheduler(Protocol):
         (a simulator); the blocks that its sequences grow into are counted."""
         ...
 
-    def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
-        """The world has executed `batch`, `times` times in a row (at most `repeats`; `result` is the last one's).
-        Batches complete in the order in which they were made. Sequences that were aborted meanwhile are skipped and
-        their blocks, kept until now because the device was writing to them, freed."""
+    def complete(self, batch: Batch, ended: Collection[int], now: float, times: int = 1) -> Outcome:
+        """The world has executed `batch`, `times` times in a row (at most `repeats`); `ended`: ids of those whose token
+        of the last step was their last one. Batches complete in the order in which they were made. Sequences that were
+        aborted meanwhile are skipped and their blocks, kept until now because the device was writing to them, freed."""
         ...
 
     def abort(self, sequence_id: int, now: float) -> Outcome:

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 
 from distserve.sched import order
-from distserve.sched.base import NOBODY, Batch, Item, Load, Outcome, Sequence, State, StepResult
+from distserve.sched.base import NOBODY, Batch, Item, Load, Outcome, Sequence, State
 from distserve.sched.blocks import BlockPool
 from distserve.sched.lockstep import Lockstep
 
@@ -79,11 +79,11 @@ class ContinuousScheduler(ABC):
             return 1  # the step after may admit it: what kept it out of this one (a starved sequence) is over
         return self._locksteps[0].steps_with_room()
 
-    def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
+    def complete(self, batch: Batch, ended: Collection[int], now: float, times: int = 1) -> Outcome:
         self._num_completed += 1
         due = self._num_completed
         assert batch.id == due, f"batch {batch.id} completes before batch {due}, which was made earlier"
-        outcome, ended = Outcome(), result.ended
+        outcome = Outcome()
         if batch.members:
             self._complete_lockstep(batch, ended, times, outcome)
         if batch.others:
@@ -195,19 +195,19 @@ class ContinuousScheduler(ABC):
             self._loose = rest
         while len(lockstep.members) > share:
             self._loosen(lockstep.members[-1])
-        pool = self.pool
-        for sequence in lockstep.needy():  # `_grow` preempts some, but only behind the one we are at
-            if sequence.clock is not lockstep:
-                continue
-            if pool.num_free:
-                pool.give(sequence, 1)
-            elif not self._grow(sequence, sequence.num_tokens):
-                self._loosen(sequence)
+        if not lockstep.feed():
+            self._feed_some(lockstep)
         if not lockstep.members:
             return False
         lockstep.in_flight = True  # from here on nobody takes their blocks
         self._formed = lockstep
         return True
+
+    def _feed_some(self, lockstep: Lockstep) -> None:
+        """The oldest first, from what is free and from the youngest; who gets no block leaves the lockstep."""
+        for sequence in lockstep.needy():  # `_grow` preempts some, but only behind the one we are at
+            if sequence.clock is lockstep and not self._grow(sequence, sequence.num_tokens):
+                self._loosen(sequence)
 
     def _behind(self) -> list[Sequence]:
         if not self._loose:

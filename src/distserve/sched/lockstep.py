@@ -71,11 +71,24 @@ class Lockstep(Clock):
             self.leaving.append(sequence)
         sequence.exit()
 
+    def feed(self) -> bool:
+        """Gives a block to each that lacks one for the next step. False: there may be too few, and nobody got any."""
+        due = self._due[self.ticks % len(self._due)]
+        if len(due) > self._pool.num_free:
+            return False
+        self._feed(due)
+        return True
+
+    def _feed(self, due: list[Sequence]) -> None:
+        pool = self._pool
+        block_size = pool.block_size
+        for sequence in due:
+            if sequence.num_tokens > sequence.num_blocks * block_size:
+                pool.give(sequence, 1)
+
     def needy(self) -> list[Sequence]:
         """Those that lack a block for the next step, oldest first."""
         due = self._due[self.ticks % len(self._due)]
-        if not due:
-            return due
         block_size = self._pool.block_size
         needy = NOBODY
         for sequence in due:
@@ -87,29 +100,30 @@ class Lockstep(Clock):
     def advance(self, times: int) -> list[Sequence]:
         """`times` steps in a row are over (`steps_with_room` at most). Returns those that can grow no further: all
         blocks there are hold them, and not one token more."""
-        pool, dues = self._pool, self._due
-        block_size, size = pool.block_size, len(dues)
+        dues = self._due
+        size = len(dues)
         for _ in range(times - 1):
             self.ticks += 1
-            for sequence in dues[self.ticks % size]:
-                if sequence.num_tokens > sequence.num_blocks * block_size:
-                    pool.give(sequence, 1)
+            due = dues[self.ticks % size]
+            if due:
+                self._feed(due)
         self.ticks += 1
         self.in_flight = False
         if self.joined:
             self.joined = []
-        capacity = pool.capacity
+        capacity = self._pool.capacity
         if self._longest + self.ticks <= capacity:
             return NOBODY
         return [sequence for sequence in dues[self.ticks % size] if sequence.num_tokens > capacity]
 
     def steps_with_room(self) -> int:
         """How many steps in a row all members can take with the blocks that are free; the next one has its own."""
-        free, size = self._pool.num_free, len(self._due)
+        free, dues, ticks = self._pool.num_free, self._due, self.ticks
+        size = len(dues)
         steps = free // len(self.members) * size + 1
         if steps == 1:
-            due = len(self._due[(self.ticks + 1) % size])
+            due = len(dues[(ticks + 1) % size])
             while due <= free:
                 steps += 1
-                due += len(self._due[(self.ticks + steps) % size])
-        return max(1, min(steps, self._pool.capacity - self._longest - self.ticks + 1))
+                due += len(dues[(ticks + steps) % size])
+        return max(1, min(steps, self._pool.capacity - self._longest - ticks + 1))

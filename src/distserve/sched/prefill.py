@@ -7,12 +7,23 @@ QUEUED --next_batch--> RUNNING --complete--> HELD --release / lease over--> RELE
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Collection
 
-from distserve.sched.base import Batch, Item, Load, Outcome, Sequence, State, StepResult
+from distserve.sched.base import Batch, Item, Load, Outcome, Sequence, State
 from distserve.sched.blocks import BlockPool
 from distserve.sched.order import Queue
 from distserve.sched.policy import PrefillPolicy
+
+
+class _Lease:
+    """Until when a sequence is held, if it is."""
+
+    __slots__ = ("end", "following", "sequence")
+
+    def __init__(self, sequence: Sequence, end: float) -> None:
+        self.sequence = sequence
+        self.end = end
+        self.following: _Lease | None = None  # the next to end
 
 
 class PrefillScheduler:
@@ -36,7 +47,8 @@ class PrefillScheduler:
         self._num_queued = 0
         # By end of lease: all leases are equally long. One that was renewed is in it again, one that was released is
         # still in it; both leave at the head.
-        self._leases: deque[tuple[float, Sequence]] = deque()
+        self._first_lease: _Lease | None = None
+        self._last_lease: _Lease | None = None
         self._num_held = 0
         self._num_pending_tokens = 0  # of QUEUED and RUNNING sequences
         self._num_added = 0
@@ -93,13 +105,13 @@ class PrefillScheduler:
     def repeats(self, batch: Batch) -> int:
         return 1  # a prompt is computed once
 
-    def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
+    def complete(self, batch: Batch, ended: Collection[int], now: float, times: int = 1) -> Outcome:
         assert times == 1, f"a prefill batch is executed once, not {times} times"
         self._num_completed += 1
         due = self._num_completed
         assert batch.id == due, f"batch {batch.id} completes before batch {due}, which was made earlier"
         self._num_running -= len(batch.others)
-        outcome, ended = Outcome(), result.ended
+        outcome = Outcome()
         for sequence, n in batch.others:
             self._num_pending_tokens -= n
             sequence.scheduled = 0
@@ -152,16 +164,23 @@ class PrefillScheduler:
         return True
 
     def expire(self, now: float) -> Outcome:
-        outcome, leases = Outcome(), self._leases
-        while leases and leases[0][0] <= now:
-            end, sequence = leases.popleft()
-            if sequence.state is State.HELD and sequence.lease == end:
+        outcome, lease = Outcome(), self._first_lease
+        while lease is not None and lease.end <= now:
+            sequence = lease.sequence
+            if sequence.state is State.HELD and sequence.lease == lease.end:
                 self._release(sequence, outcome)
+            lease = lease.following
+        self._first_lease = lease
         return outcome
 
     def _lease(self, sequence: Sequence, now: float) -> None:
         sequence.lease = now + self._lease_seconds
-        self._leases.append((sequence.lease, sequence))
+        lease, last = _Lease(sequence, sequence.lease), self._last_lease
+        if self._first_lease is None or last is None:
+            self._first_lease = lease
+        else:
+            last.following = lease
+        self._last_lease = lease
 
     def _release(self, sequence: Sequence, outcome: Outcome) -> None:
         self._num_held -= 1
@@ -170,9 +189,10 @@ class PrefillScheduler:
 
     def _forget_leases(self) -> None:
         """Those at the head of which nothing is left."""
-        leases = self._leases
-        while leases and leases[0][1].state is not State.HELD:
-            leases.popleft()
+        lease = self._first_lease
+        while lease is not None and lease.sequence.state is not State.HELD:
+            lease = lease.following
+        self._first_lease = lease
 
     def load(self) -> Load:
         return Load(

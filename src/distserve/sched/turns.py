@@ -12,8 +12,9 @@ pipeline wait for each other (LLMServe/DistServe, decoding_stage_scheduler.py, `
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
-from distserve.sched.base import Batch, Item, Outcome, StepResult
+from distserve.sched.base import Batch, Item, Outcome
 from distserve.sched.blocks import BlockPool
 from distserve.sched.decode import DecodeScheduler
 from distserve.sched.policy import DecodePolicy
@@ -42,8 +43,8 @@ class TurnsScheduler(DecodeScheduler):
         turns.clear()  # nobody had anything
         return None
 
-    def complete(self, batch: Batch, result: StepResult, now: float, times: int = 1) -> Outcome:
-        outcome = super().complete(batch, result, now, times)
+    def complete(self, batch: Batch, ended: Collection[int], now: float, times: int = 1) -> Outcome:
+        outcome = super().complete(batch, ended, now, times)
         while self._turns and self._turns[0] != batch.id:
             self._turns.popleft()
         self._turns.popleft()

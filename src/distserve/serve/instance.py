@@ -160,7 +160,7 @@ class InstanceLoop:
         self._pace.record(batch.num_tokens, now - since)
         self._landed = now
         self._wiring.steps.note(batch, now - result.seconds, result.seconds)
-        self._tell(self._scheduler.complete(batch, result, now), result, batch.num_tokens)
+        self._tell(self._scheduler.complete(batch, result.ended, now), result, batch.num_tokens)
 
     def _break(self, error: DistserveError) -> None:
         self._broken = error

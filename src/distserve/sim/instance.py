@@ -29,16 +29,7 @@ from distserve.sim.weather import Weather
 Trace = Callable[[str, float, list[tuple[int, int]]], None]  # (instance, start, [(sequence, tokens)])
 
 
-class _Ended:
-    """A `StepResult`."""
-
-    __slots__ = ("ended",)
-
-    def __init__(self, ended: list[int]) -> None:
-        self.ended = ended
-
-
-_NOBODY: Final = _Ended([])
+_NO_IDS: Final[list[int]] = []  # never changed
 _NOTHING: Final = 0  # what an instance does, as its neighbours feel it
 _PROMPTS: Final = 1
 _DECODES: Final = 2
@@ -176,7 +167,7 @@ class Instance(Crew):
         if done:
             start = flight.time_of(done)
             self._count(flight, done, start)
-            self.scheduler.complete(batch, _NOBODY, start, done)
+            self.scheduler.complete(batch, _NO_IDS, start, done)
             if self._reports:
                 self._report = self.scheduler.load()
             again = self.scheduler.next_batch(start)
@@ -345,19 +336,19 @@ class Instance(Crew):
             if sequence.life.first == NEVER and sequence.num_tokens - sequence.num_computed == 1:
                 self._remnants.append(sequence)
 
-    def _whose_last(self, flight: Flight) -> _Ended:
-        """Those who end with this flight's last step."""
+    def _whose_last(self, flight: Flight) -> list[int]:
+        """Ids of those who end with this flight's last step."""
         batch = flight.batch
         lockstep = batch.lockstep
-        ended = _NOBODY
+        ended = _NO_IDS
         if lockstep is not None and flight.remaining <= flight.times:
-            ended = _Ended(self._ends_of(lockstep).by(lockstep.ticks + flight.times))
+            ended = self._ends_of(lockstep).by(lockstep.ticks + flight.times)
         for scheduled, n in batch.others:
             sequence = known(scheduled)
             if sequence.left() <= 1 and sequence.num_computed + n >= sequence.num_tokens:
-                if ended is _NOBODY:
-                    ended = _Ended([])
-                ended.ended.append(sequence.id)
+                if ended is _NO_IDS:
+                    ended = []
+                ended.append(sequence.id)
         return ended
 
     def _tell(self, outcome: Outcome, prompts: bool, now: float) -> None:

@@ -121,7 +121,8 @@ class World(Surroundings):
         self._only_decode = next(iter(self._decode.values())) if len(self._decode) == 1 else None
         # The least of all waits is at most what waits for all, over the speed of all.
         policy, speed = self._router.policy, sum([member.tokens_per_second for member in self._first.values()], 0.0)
-        self._surely_admitted = min(policy.max_queued_tokens, policy.max_wait * speed)
+        self._max_requests: int = policy.max_requests
+        self._surely_admitted: float = min(policy.max_queued_tokens, policy.max_wait * speed)
 
     @property
     def instances(self) -> list[Instance]:
@@ -170,9 +171,8 @@ class World(Surroundings):
         self._live_tokens += tokens + life.output_tokens
 
     def _admits(self, tokens: int, now: float) -> bool:
-        policy = self._router.policy
         live = self._live_tokens + tokens  # no queue holds more
-        if self._num_live < policy.max_requests and live <= self._surely_admitted:
+        if self._num_live < self._max_requests and live <= self._surely_admitted:
             return True
         admission = self._router.admit(
             tokens,
