@@ -14,45 +14,24 @@ import os
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from distserve.errors import DistserveError, UsageError
-from distserve.profiler.messages import (
-    Busy,
-    Chunks,
-    Decodes,
-    Failed,
-    FromWorker,
-    Loading,
-    Prompts,
-    Publish,
-    Published,
-    Pull,
-    Ready,
-    Start,
-    Took,
-    ToWorker,
-    Work,
-    decode_start,
-    decode_to_worker,
-    encode,
-)
-from distserve.profiler.steps import Steps, Timed
+from distserve.errors import UsageError
+from distserve.profiler.answers import Parts, Progress, Worker
+from distserve.profiler.messages import Failed, FromWorker, Loading, Ready, Start, decode_start, encode
+from distserve.profiler.pool import Pool
+from distserve.profiler.steps import Steps
 from distserve.ranks import RankProcess, as_rank, die_with_parent, end_ranks, fork_ranks, spawn_ranks
-from distserve.transfer.base import KVHandle, KVSource, Source, Transport
+from distserve.transfer.base import KVSource
 
 if TYPE_CHECKING:
     from distserve.engine.base import EngineOptions
     from distserve.engine.loaded import LoadedModel
     from distserve.specs import ModelSpec
-    from distserve.transfer.layout import InstanceLayout
     from distserve.transfer.memory import SharedMemory
 
 RANK = (sys.executable, "-m", "distserve.profiler.worker", "rank")  # a rank in an interpreter of its own
@@ -71,55 +50,7 @@ class Setting:
     meeting: str  # a folder in which they meet
 
 
-@dataclass(slots=True)
-class Parts:
-    """What is built for a worker."""
-
-    executor: Any
-    steps: Steps
-    publisher: Source
-    transport: Transport
-    source: KVSource
-    ready: Ready
-
-
-class Pool:
-    """The KV memory of every rank as bytes: makes blocks hold KV of the right kind without computing it."""
-
-    def __init__(
-        self,
-        memories: Sequence[SharedMemory],
-        num_blocks: int,
-        layout: InstanceLayout,
-        load: Callable[[list[int]], None],
-    ) -> None:
-        sizes = [layout.of_rank(rank).block_bytes for rank in range(len(memories))]
-        self._blocks = [
-            np.frombuffer(memory.buffer, np.uint8, num_blocks * size).reshape(num_blocks, size)
-            for memory, size in zip(memories, sizes, strict=True)
-        ]
-        self._load = load
-        self._patterns = self._blocks
-        self._length = 0  # blocks of a pattern
-        self._filled = 0
-
-    def learn(self, num_blocks: int) -> None:
-        """Takes the first blocks, which hold a prompt's KV, for the pattern."""
-        self._patterns = [blocks[:num_blocks].copy() for blocks in self._blocks]
-        self._length = self._filled = num_blocks
-
-    def fill(self, count: int) -> None:
-        if not self._length or count <= self._filled:
-            return
-        for blocks, pattern in zip(self._blocks, self._patterns, strict=True):
-            for first in range(self._filled, count, self._length):
-                part = blocks[first : min(count, first + self._length)]
-                part[:] = pattern[: len(part)]
-        self._load(list(range(self._filled, count)))
-        self._filled = count
-
-
-async def build(setting: Setting, progress: Callable[[float, str], None]) -> Parts:
+async def build(setting: Setting, progress: Progress) -> Parts:
     from distserve.transfer.layout import InstanceLayout
     from distserve.transfer.memory import SharedMemory
     from distserve.transfer.shm import ShmSource, ShmTransport
@@ -138,7 +69,12 @@ async def build(setting: Setting, progress: Callable[[float, str], None]) -> Par
     layout = InstanceLayout(executor.sharding, whole.head_dim, whole.block_size, whole.dtype)
     publisher = ShmSource(memories, size, layout, executor.export_blocks)
     transport = ShmTransport(memories, size, layout, executor.import_blocks)
-    pool = Pool(memories, size, layout, executor.import_blocks)
+    pool = Pool(
+        [memory.buffer for memory in memories],
+        [layout.of_rank(rank).block_bytes for rank in range(len(memories))],
+        size,
+        executor.import_blocks,
+    )
     steps = Steps(executor, pool.fill)
     real = min(_REAL, size, executor.max_model_len // executor.block_size)
     if real:
@@ -197,91 +133,6 @@ def _executor(setting: Setting, allocate: Callable[[int], SharedMemory]) -> Any:
     from distserve.engine.executor import LocalExecutor
 
     return LocalExecutor(options, buffer, setting.loaded)
-
-
-# -- a worker ---------------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """Answers one message after the other."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-
-    def say(self, answer: FromWorker) -> None:
-        self._writer.write(encode(answer) + b"\n")
-
-    async def live(self, setting: Setting) -> None:
-        """Until the socket is closed."""
-        asked = asyncio.ensure_future(self._reader.readline())
-        built = asyncio.ensure_future(build(setting, lambda fraction, what: self.say(Loading(fraction, what))))
-        await asyncio.wait((asked, built), return_when=asyncio.FIRST_COMPLETED)
-        if not built.done():  # nobody asks before it is ready: the command is gone, or has been told to stop
-            built.cancel()
-            await asyncio.wait((built,))
-            return
-        try:
-            parts = built.result()
-        except DistserveError as error:
-            self.say(Failed(str(error), usage=isinstance(error, UsageError)))
-            asked.cancel()
-            return
-        self.say(parts.ready)
-        while line := await asked:
-            try:
-                self.say(await self._do(parts, decode_to_worker(line)))
-            except DistserveError as error:
-                self.say(Failed(str(error), usage=False))
-            asked = asyncio.ensure_future(self._reader.readline())
-        await parts.executor.stop()
-
-    async def _do(self, parts: Parts, asked: ToWorker) -> FromWorker:
-        match asked:
-            case Busy(work=work):
-                return await self._busy(parts.steps, work)
-            case Publish(blocks=count):
-                return _publish(parts, count)
-            case Pull(handle=handle):
-                began = time.perf_counter()
-                await parts.transport.pull(handle, list(range(len(handle.blocks))))
-                return Took([time.perf_counter() - began])
-            case Prompts() | Chunks() | Decodes():
-                return _took(await _work(parts.steps, asked))
-            case _:
-                return Took([])
-
-    async def _busy(self, steps: Steps, work: Work) -> FromWorker:
-        """Until there is another message, which is then gone: it said stop."""
-        stop = asyncio.ensure_future(self._reader.readline())
-        found: list[Timed] = []
-        while not stop.done():
-            found += await _work(steps, work)
-            await asyncio.sleep(0)
-        return _took(found)
-
-
-async def _work(steps: Steps, work: Work) -> list[Timed]:
-    match work:
-        case Prompts(lengths=lengths):
-            return [await steps.prompts(lengths)]
-        case Chunks(pieces=pieces, batch=batch, context=context):
-            return [await steps.chunks(pieces, batch, context)]
-        case Decodes(batch=batch, context=context, steps=count):
-            return await steps.decodes(batch, context, count)
-
-
-def _took(found: list[Timed]) -> Took:
-    return Took([timed.seconds for timed in found], sum(timed.context for timed in found) / max(1, len(found)))
-
-
-def _publish(parts: Parts, count: int) -> Published:
-    blocks = list(range(count))
-    began = time.perf_counter()
-    generations, digest = parts.publisher.publish(blocks)
-    seconds = time.perf_counter() - began
-    tokens = count * parts.ready.block_size
-    return Published(seconds, KVHandle(parts.source, 1, 1, tokens, tuple(blocks), generations, digest))
 
 
 # -- its process ------------------------------------------------------------------------------------------------------
@@ -363,7 +214,7 @@ def _rank(inherited: int | None, end: socket.socket, side: socket.socket) -> int
 async def _live(setting: Setting, descriptor: int) -> None:
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor), limit=1 << 24)
     try:
-        await Worker(reader, writer).live(setting)
+        await Worker(reader, writer).live(partial(build, setting))
         await writer.drain()
     except ConnectionError:  # the command is gone
         return
