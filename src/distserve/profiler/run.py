@@ -92,7 +92,8 @@ def run(options: Options) -> int:
     write_text(options.out, format.text(whole))
     console = Console(stderr=options.out == "-", soft_wrap=True)
     show.summary(found, table, found.knee(spec.max_model_len), console)
-    for warning in show.warnings(found, table):
+    more = [add.other_memory(old, heading)] if old is not None else []
+    for warning in filter(None, [*show.warnings(found, table), *more]):
         show.say(f"warning: {warning}")
     if options.out != "-":
         verb = "wrote" if old is None else f"added {show.degree(options.tp, options.pp)} to"
