@@ -164,6 +164,7 @@ class Sequence:
 
 Item = tuple[Sequence, int]  # and how many tokens of it
 NOBODY: Final[list[Sequence]] = []  # most answers name nobody; this list is never changed
+NO_ITEMS: Final[list[Item]] = []  # nor is this one
 
 
 class Batch:

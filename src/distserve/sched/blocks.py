@@ -50,7 +50,7 @@ class BlockPool:
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold the KV of `num_tokens` tokens."""
-        return -(-num_tokens // self.block_size)
+        return (num_tokens + self.block_size - 1) // self.block_size
 
     def check_fits(self, num_tokens: int) -> None:
         """Raises `RequestError` where `num_tokens` tokens would not fit even if every block were free."""

@@ -9,7 +9,7 @@ any --abort--> ABORTED  (PULLING, or in a batch in flight: blocks are freed by `
 
 from __future__ import annotations
 
-from distserve.sched.base import NOBODY, NOTHING, Batch, Item, Outcome, Sequence, State
+from distserve.sched.base import NO_ITEMS, NOBODY, NOTHING, Batch, Outcome, Sequence, State
 from distserve.sched.blocks import BlockPool
 from distserve.sched.continuous import ContinuousScheduler
 from distserve.sched.policy import DecodePolicy
@@ -29,17 +29,14 @@ class DecodeScheduler(ContinuousScheduler):
         )
         self.policy = policy
         self._chunk_tokens = policy.chunk_tokens
-        self._pulling: dict[int, Sequence] = {}  # those aborted since included: their bytes are still arriving
 
     def next_batch(self, now: float) -> Batch | None:
         if self._num_batches - self._num_completed >= self._max_in_flight:
             return None
-        items: list[Item] = []
-        behind = self._schedule_decodes()
-        budget = self._chunk_tokens
-        if behind:
-            budget = self._schedule_behind(items, behind, budget)
-        if self._queue.first() is not None:
+        behind, items = self._schedule_decodes(), NO_ITEMS
+        if behind or self._queue.first() is not None:
+            items = []
+            budget = self._schedule_behind(items, behind, self._chunk_tokens)
             self._schedule_queued(items, budget)
         return self._launch(items)
 
@@ -58,7 +55,6 @@ class DecodeScheduler(ContinuousScheduler):
             self._leave_queue(sequence)
             self.pool.give(sequence, self.pool.blocks_for(sequence.num_kv_tokens))
             sequence.state = State.PULLING
-            self._pulling[sequence.id] = sequence
             self._num_pulling += 1
             pulls.append(sequence)
 
@@ -83,8 +79,14 @@ class DecodeScheduler(ContinuousScheduler):
         return outcome
 
     def _end_pull(self, sequence_id: int) -> Sequence | None:
-        sequence = self._pulling.get(sequence_id)
-        if sequence is not None:
-            del self._pulling[sequence_id]
-            self._num_pulling -= 1
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or not _arrives(sequence):
+            return None
+        self._num_pulling -= 1
         return sequence
+
+
+def _arrives(sequence: Sequence) -> bool:
+    """Its bytes are on their way, wanted or not: of the aborted that are still here, those that no batch has."""
+    state = sequence.state
+    return state is State.PULLING or (state is State.ABORTED and not sequence.scheduled)
