@@ -38,7 +38,8 @@ def test_a_machine_is_profiled_with_its_server(tmp_path: Path, capsys: pytest.Ca
     assert entry.coefficients.prompts(100, 100**2) == pytest.approx(0.006, rel=0.05)
     assert entry.coefficients.decodes(8, 800) == pytest.approx(0.00416, rel=0.05)
     engine = contents.engine
-    assert 0 < engine.request < 0.2
+    assert 0 <= engine.request < 0.2  # 0: a busy machine's turns around a step took as long as all of it
+    assert engine.request + engine.prompt_step.per_step > 0
     assert 0 <= engine.decode_step.per_step < 0.05
     assert engine.kv_memory == 4 << 20
     assert engine.prefill_beside.decode == pytest.approx(1.0, abs=0.1)  # a fake computes nothing
