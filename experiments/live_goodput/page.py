@@ -24,8 +24,10 @@ OPENING = """# Goodput on one machine, measured
 
 Does prefill and decode apart beat both together, on real processes and with real tokens? Two cores serve the demo model
 (SmolLM2-135M, bf16), one instance on each: one prefill and one decode instance, or two colocated ones, or two replicas
-of vLLM's CPU build behind a round robin, or vLLM's own prefill and decode apart (NixlConnector). The same client sends
-everyone the same requests at the same times, is what stands between vLLM's two, and shares the two cores with them.
+of vLLM's CPU build behind a round robin, or vLLM's own prefill and decode apart (NixlConnector, with a NIXL that waits
+a millisecond between two looks for messages, for without that it takes the core from who computes). The same client
+sends everyone the same requests at the same times, is what stands between vLLM's two, and shares the two cores with
+them.
 Goodput is the rate up to which {goal:.0%} of all requests meet both targets, read off the measured rates; it is that of
 both cores together.
 
