@@ -49,6 +49,7 @@ bench: setup ## every benchmark; VLLM_PYTHON=path/to/python adds vLLM's column (
 	$(BIN)/python -m benchmarks.nixl
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.weather
+	$(BIN)/python -m benchmarks.awake
 	$(BIN)/python -m benchmarks.client
 	$(BIN)/python -m benchmarks.recording
 

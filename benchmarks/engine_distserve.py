@@ -43,7 +43,7 @@ class Distserve:
         batch = self.scheduler.next_batch(time.monotonic())
         assert batch is not None, "nothing to compute"
         result = await self.executor.execute(batch)
-        outcome = self.scheduler.complete(batch, result, time.monotonic())
+        outcome = self.scheduler.complete(batch, result.ended, time.monotonic())
         for sequence in outcome.finished:
             self.executor.forget(sequence.id)
         return outcome

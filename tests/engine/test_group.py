@@ -83,7 +83,7 @@ async def answers(executor: Executor, requests: list[Request]) -> dict[int, list
         batch, launched = flights.popleft()
         result = await launched
         assert not result.failures
-        for sequence in scheduler.complete(batch, result, 0.0).finished:
+        for sequence in scheduler.complete(batch, result.ended, 0.0).finished:
             executor.forget(sequence.id)
         for request_id, token in result.tokens.items():
             found[request_id].append(token)

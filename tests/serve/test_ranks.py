@@ -62,7 +62,7 @@ def stories(folder: Path) -> list[Story]:
 @pytest.fixture(scope="module")
 def server(folder: Path, stories: list[Story]) -> Iterator[Server]:
     (folder / "plan.toml").write_text(PLAN)
-    plan = ("--plan", str(folder / "plan.toml"), "--kv-memory", "2MiB", "--max-batch-tokens", "256")
+    plan = ("--plan", str(folder / "plan.toml"), "--kv-memory", "2MiB", "--max-batch-tokens", "256", "--awake", "0")
     with serving(folder, str(folder / "model"), *plan) as running:
         yield running
 

@@ -96,6 +96,14 @@ def serve(
             help="How long running requests may go on after SIGTERM or Ctrl-C; a second Ctrl-C ends them.",
         ),
     ] = 30.0,
+    awake: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="On a CPU: for so long after its last work an instance spins on its cores, at the lowest priority, "
+            "because the host of a virtual machine lends idle cores to others; 0 lets them sleep at once.",
+        ),
+    ] = 2.0,
     log_level: Annotated[str, typer.Option(metavar="debug|info|warning|error", help="Least level to log.")] = "info",
     record: Annotated[
         Path | None,
@@ -158,6 +166,7 @@ def serve(
         max_batch_tokens=max_batch_tokens,
         max_queue=max_queue,
         shutdown_timeout=shutdown_timeout,
+        awake=awake,
         log_level=log_level,
         record=record,
         record_size=size,

@@ -28,6 +28,7 @@ class InstanceConfig:
     colocated: ColocatedPolicy = field(default_factory=ColocatedPolicy)
     transport: str = "shm"  # or nixl; the same for all instances
     log_level: str = "info"
+    awake: float = 0.0  # seconds that its cores stay awake after its last work
     steps: str | None = None  # folder of what steps took; None: nobody asked
 
 

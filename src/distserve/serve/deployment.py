@@ -103,6 +103,7 @@ def _configure(
             max_batch_tokens=tokens,
             transport="shm" if options.transport == "auto" else options.transport,  # all are on this host
             log_level=options.log_level,
+            awake=options.awake if engine.device == "cpu" else 0.0,
             steps=str(options.record_steps.absolute()) if options.record_steps is not None else None,
         )
 

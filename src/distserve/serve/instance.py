@@ -170,6 +170,10 @@ class InstanceLoop:
         """When the oldest flight was launched or, in a full pipeline, the one before it landed: its own time."""
         return max(self._flights[0].launched, self._landed)
 
+    def idle(self) -> float:
+        """Seconds since there was anything to do."""
+        return 0.0 if self._live else self._clock() - self._landed
+
     def beat(self) -> None:
         """Tells the gateway that the event loop lives and how the step goes; called by a timer. Leases run on even when
         there is nothing to compute, so the loop is woken too."""

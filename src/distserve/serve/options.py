@@ -41,6 +41,7 @@ class ServeOptions:
     max_queue: int | None = None  # requests admitted and not yet finished; None: the scheduler's own limit
     shutdown_timeout: float = 30.0  # seconds that running requests get after SIGTERM
     log_level: str = "info"
+    awake: float = 2.0  # seconds that the cores of an instance on a CPU stay awake after its last work
     record: Path | None = None  # where arrivals, lengths and outcomes are written; None: nowhere
     record_size: int | None = None  # bytes after which that file is put aside and a new one begun; None: 64 MiB
     record_steps: Path | None = None  # folder where each instance writes what its steps took; None: nowhere
@@ -70,6 +71,8 @@ class ServeOptions:
                 raise UsageError(f"{name} {number} is too small: at least 1")
         if not 0 <= self.shutdown_timeout < float("inf"):
             raise UsageError(f"--shutdown-timeout {self.shutdown_timeout} must be 0 seconds or more")
+        if not 0 <= self.awake < float("inf"):
+            raise UsageError(f"--awake {self.awake} must be 0 seconds or more")
         if self.kv_memory is not None:
             try:
                 parse_memory(self.kv_memory)

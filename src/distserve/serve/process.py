@@ -22,6 +22,7 @@ from distserve.line import Caller, Line, connect, listen
 from distserve.ranks import die_with_parent
 from distserve.sched.base import Scheduler
 from distserve.serve import eventloop
+from distserve.serve.awake import Vigil
 from distserve.serve.config import InstanceConfig
 from distserve.serve.instance import InstanceLoop, Wiring
 from distserve.serve.messages import Fatal, Loading, Notice, Ready, ToGateway, decode_to_instance, encode
@@ -134,7 +135,8 @@ class _Process:
         self._send(
             Ready(config.epoch, source, executor.num_blocks, executor.block_size, executor.max_model_len, os.getpid())
         )
-        beats = asyncio.create_task(self._beats(self._loop))
+        vigil = Vigil(config.engine.cores or (), config.awake)
+        beats = asyncio.create_task(self._beats(self._loop, vigil))
         try:
             await self._loop.run()
             return 0
@@ -143,15 +145,17 @@ class _Process:
             return 1
         finally:
             beats.cancel()
+            vigil.close()
             steps.close()
             await executor.stop()
             if parts.transport is not None:
                 parts.transport.close()
             parts.publisher.close()
 
-    async def _beats(self, loop: InstanceLoop) -> None:
+    async def _beats(self, loop: InstanceLoop, vigil: Vigil) -> None:
         while True:
             loop.beat()
+            vigil.beat(loop.idle())
             await asyncio.sleep(BEAT)
 
     def _send(self, message: ToGateway) -> None:

@@ -6,6 +6,7 @@ imagine(plan, workload, costs)  -> Imagination       the same, and every request
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,7 +107,13 @@ def live(
 
 
 def _lived(world: World, lives: list[Life], stop: Callable[[Life], bool] | None) -> Imagination:
-    end = world.run(lives, stop)
+    collects = gc.isenabled()
+    gc.disable()  # nothing in a world need be looked for before its end, and looking took a twentieth of its time
+    try:
+        end = world.run(lives, stop)
+    finally:
+        if collects:
+            gc.enable()
     return Imagination(
         lives=tuple(lives),
         end=end,
