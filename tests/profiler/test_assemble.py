@@ -96,6 +96,13 @@ def test_what_was_measured_is_what_a_simulator_reads() -> None:
     assert errors["mixed"]["max"] < 1e-3
 
 
+def test_a_slow_spell_beside_a_neighbour_is_not_the_neighbours() -> None:
+    found = findings()
+    found.quiet["prefill"] = Series([0.1] * 12)
+    found.beside["prefill", "decode"] = Series([0.104] * 4 + [0.2] * 20)
+    assert assemble.beside(found)["prefill_beside"] == {"decode": 1.04}
+
+
 def test_a_file_says_when_another_machine_is_meant() -> None:
     profile = Profile.from_dict(assemble.table(findings(), HEADING), "costs.json")
     assert profile.elsewhere("a machine") == ""

@@ -17,9 +17,13 @@ from typing import Any
 
 from distserve.costs import format
 from distserve.costs.fit import FEWEST
+from distserve.metrics import quantile
 from distserve.profiler import weather
 from distserve.profiler.phases import Findings
 from distserve.profiler.series import Series
+
+
+QUICK = 0.1  # of all steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +124,13 @@ def pulls(found: Findings, heading: Heading) -> tuple[float | None, float]:
 
 
 def beside(found: Findings) -> dict[str, dict[str, float]]:
-    """How many times as long as alone each phase's steps take beside another's: both as they typically are, for what
-    slows a machine down by spells is its weather, neighbour or not."""
+    """How many times as long as alone each phase's steps take beside another's. The quick tenth of both is compared: a
+    neighbour is beside every step, also the quickest, and a slow spell of the machine is its weather, neighbour or
+    not."""
     shares: dict[str, dict[str, float]] = {}
     for (phase, neighbour), series in found.beside.items():
         if phase in found.quiet:
-            share = series.seconds / found.quiet[phase].seconds
+            share = quantile(sorted(series.values), QUICK) / quantile(sorted(found.quiet[phase].values), QUICK)
             shares.setdefault(f"{phase}_beside", {})[neighbour] = round(max(1.0, share), 3)
     return shares
 
