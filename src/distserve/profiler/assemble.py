@@ -22,7 +22,6 @@ from distserve.profiler import weather
 from distserve.profiler.phases import Findings
 from distserve.profiler.series import Series
 
-
 QUICK = 0.1  # of all steps
 
 
