@@ -35,7 +35,7 @@ from experiments.live_goodput.neighbours import BEGAN
 from experiments.live_goodput.results import joint, pointless
 from experiments.live_goodput.servers import Servers
 
-_LOWEST, _HIGHEST = 0.6, 1.25  # of the smallest and the largest capacity that is expected
+_LOWEST, _HIGHEST = 0.4, 1.25  # of the smallest and the largest capacity that is expected; weather takes its share
 # Seconds until a run begins and behind its last answer, and those that one takes beyond its arrivals where none was
 # measured yet, of ours and theirs; and those in which a server starts and is warmed up.
 _AROUND, _BEYOND, _THEIR_BEYOND = 4.0, 6.0, 14.0
