@@ -167,16 +167,20 @@ def capacities(comparison: Comparison) -> str:
         rows.append([f"{each.plan}, {each.workload}", brief(each.slo), measured, _predicted(each), _predicted(mine)])
     head = ["", "SLO (TTFT, TPOT)", "measured", "predicted ahead", "as it was"]
     words = (
-        f"Rate up to which {GOAL:.0%} of the requests meet both targets, requests/s; a dash: not among the rates.\n\n"
+        f"Rate up to which {GOAL:.0%} of the requests meet both targets, requests/s; a dash: not among the rates. Each "
+        "curve is first made to fall: where some dozens of requests attain more at a higher rate, neighbours share "
+        "their mean.\n\n"
     )
     return words + table(head, rows) if rows else ""
 
 
 def _predicted(capacity: Capacity | None) -> str:
-    if capacity is None or capacity.predicted is None:
+    if capacity is None:
         return "-"
-    error = "" if capacity.error is None else f" ({100 * capacity.error:+.1f} %)"
-    return f"{capacity.predicted:.2f}{error}"
+    rate = "-" if capacity.predicted is None else f"{capacity.predicted:.2f}"
+    if capacity.error is None:
+        return rate
+    return f"{rate} ({100 * capacity.error:+.1f} %{'' if capacity.exact else ' or more'})"
 
 
 def why(found: Sequence[Cell]) -> str:

@@ -181,12 +181,18 @@ class Capacity:
     measured: float | None
     predicted: float | None
     rates: tuple[float, ...]
+    ends: tuple[float, float]  # measured and predicted, or the outermost rate that they lie beyond
+
+    @property
+    def exact(self) -> bool:
+        return self.measured is not None and self.predicted is not None
 
     @property
     def error(self) -> float | None:
-        if self.measured is None or self.predicted is None:
+        """Where only one of both is among the rates, as much as it is at least; None: neither is."""
+        if self.measured is None and self.predicted is None:
             return None
-        return self.predicted / self.measured - 1
+        return self.ends[1] / self.ends[0] - 1
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -210,19 +216,46 @@ def capacities(cells: Sequence[Cell], goal: float) -> list[Capacity]:
     for (plan, workload, slo), row in found.items():
         by_rate = {cell.rate: cell for cell in sorted(row, key=lambda cell: cell.rate)}
         if len(by_rate) > 1:
-            measured = crossing([(rate, cell.attainment) for rate, cell in by_rate.items()], goal)
-            predicted = crossing([(rate, cell.predicted.attainment.joint) for rate, cell in by_rate.items()], goal)
-            answers.append(Capacity(plan, workload, slo, measured, predicted, tuple(by_rate)))
+            curves = (
+                [(rate, cell.attainment) for rate, cell in by_rate.items()],
+                [(rate, cell.predicted.attainment.joint) for rate, cell in by_rate.items()],
+            )
+            measured, predicted = (crossing(curve, goal) for curve in curves)
+            ends = _end(curves[0], goal), _end(curves[1], goal)
+            answers.append(Capacity(plan, workload, slo, measured, predicted, tuple(by_rate), ends))
     return answers
 
 
 def crossing(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
-    """The rate where attainment, linear between the measured rates, first falls below the goal; None: it does not, or
-    is below it from the start."""
-    for (low, above), (high, below) in pairwise(curve):
+    """The rate where attainment, linear between the rates, falls below the goal; None: it does not, or is below it from
+    the start."""
+    for (low, above), (high, below) in pairwise(falling(curve)):
         if above >= goal > below:
             return low + (above - goal) / (above - below) * (high - low)
     return None
+
+
+def _end(curve: Sequence[tuple[float, float]], goal: float) -> float:
+    """Its crossing, or the outermost rate that it lies beyond."""
+    found = crossing(curve, goal)
+    if found is not None:
+        return found
+    (lowest, share), (highest, _) = falling(curve)[0], curve[-1]
+    return lowest if share < goal else highest
+
+
+def falling(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The closest curve that nowhere rises (isotonic regression by pooling adjacent violators): more load attains no
+    more, so where runs of a few dozen requests say otherwise it is chance, and neighbours share their mean."""
+    pools: list[tuple[float, list[float]]] = []  # (mean, rates)
+    for rate, share in curve:
+        mean, rates = share, [rate]
+        while pools and pools[-1][0] < mean:
+            before, others = pools.pop()
+            mean = (before * len(others) + mean * len(rates)) / (len(others) + len(rates))
+            rates = others + rates
+        pools.append((mean, rates))
+    return [(rate, mean) for mean, rates in pools for rate in rates]
 
 
 # -- the answer -------------------------------------------------------------------------------------------------------

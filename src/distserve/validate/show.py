@@ -111,7 +111,7 @@ def capacities(found: Sequence[Capacity], goal: float, console: Console) -> None
     for name in (f"rate up to which {goal:.0%} attain", "SLO (TTFT, TPOT)", "measured", "predicted", "error"):
         table.add_column(name, justify="left" if name[0] in "rS" else "right")
     for each in found:
-        error = "" if each.error is None else f"{each.error:+.1%}"
+        error = "" if each.error is None else f"{each.error:+.1%}{'' if each.exact else ' or more'}"
         rates = (
             f"{value:.3g}/s" if value is not None else "not among the rates"
             for value in (each.measured, each.predicted)
