@@ -116,7 +116,7 @@ def pointless(key: Key, case: Case, recording: Recording) -> bool:
 class Choice:
     """What `distserve plan` chooses for two cores."""
 
-    contender: str  # which of ours it is; "": no deployment attains the targets
+    contender: str  # which of ours it is, or what else it is; "": no deployment attains the targets
     goodput: float | None
 
 
@@ -132,4 +132,6 @@ def choice(case: Case, costs: Costs, scale: float = 1.0) -> Choice:
     if found.prefill is not None:
         return Choice(APART, found.goodput.rate)
     assert spec.role is Role.COLOCATED
+    if spec.num_ranks > 1:
+        return Choice(f"1 colocated, tp {spec.tp}, pp {spec.pp}", found.goodput.rate)
     return Choice(WHOLE if spec.policy == "prefill-first" else CHUNKED, found.goodput.rate)

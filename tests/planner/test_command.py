@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import psutil
 import pytest
 
 from distserve import cli
+from distserve.costs.base import Pace, Weather
+from distserve.costs.choose import choose_costs
+from distserve.costs.profile import ProfileCosts
 from distserve.metrics import SLO
 from distserve.plan import Plan
 from distserve.planner.answer import Answer, Dedicated, InfeasibleError
@@ -227,6 +230,16 @@ def test_several_applications_each_meet_their_own_targets() -> None:
 def test_an_infeasible_question_raises() -> None:
     with pytest.raises(InfeasibleError, match="nearest that can be met"):
         plan("facebook/opt-13b", "a100-1x1", "humaneval", rate=1, slo="ttft=0.125,tpot=0.001")
+
+
+def test_targets_that_a_machines_weather_spoils_at_any_rate_are_infeasible() -> None:
+    """What arithmetic allows, and no run attains, is no goodput: not even that of the rate that was tried first."""
+    costs = choose_costs("facebook/opt-13b", "a100-80g", "a100-80g")
+    assert isinstance(costs, ProfileCosts)
+    half_the_time = Weather((Pace(0.0, 1.0, 1.0), Pace(5.0, 3.0, 3.0)), 10.0)
+    costs.engine = replace(costs.engine, weather=half_the_time)
+    with pytest.raises(InfeasibleError, match="at any rate"):
+        plan("facebook/opt-13b", "a100-1x2", "humaneval", slo="ttft=0.125,tpot=0.03", costs=costs)
 
 
 def test_the_package_is_light_and_its_plan_is_the_function() -> None:

@@ -185,7 +185,8 @@ class Search:
             chunk = [d for d in head if pack(d, self.world.cluster)][:4]
             lost.update(chunk or head)
             found = self._challengers(chunk, target)
-            best = sorted([*best, *self.raise_(found, 0.0)], key=lambda each: -each.goodput)
+            raised = (each for each in self.raise_(found, 0.0) if each.goodput)
+            best = sorted([*best, *raised], key=lambda each: -each.goodput)
             if best:
                 self._say(f"{best[0].goodput:.3g} requests/s with {best[0].deployment}")
                 target = best[0].goodput * (1 + tolerance)
@@ -369,16 +370,16 @@ class Search:
         return sum(self.bounds.stay(spec) for spec in groups)
 
     def raise_(self, found: list[Found], rate: float, tolerance: float = 0.05) -> list[Found]:
-        """With the goodput of each, roughly; best first. Below the first it is a bound that is not reached."""
-        left = sorted(found, key=lambda each: -self.promise(each.deployment))
+        """With the goodput of each, roughly (0: none); best first. Below the first it is a bound, not reached."""
+        left, target = sorted(found, key=lambda each: -self.promise(each.deployment)), rate
         ranked: list[Found] = []
-        target = rate
         while left:
             first, left = left[:2], left[2:]
             climbs = [self.climbing(each, target, tolerance, ROUGH) for each in first]
             ranked += [self.climbed(*each) for each in zip(first, self._jobs.map(climb, climbs), strict=True)]
             ranked.sort(key=lambda each: -each.goodput)
-            target = ranked[0].goodput * (1 + tolerance)
+            if not (target := max(rate, ranked[0].goodput * (1 + tolerance))):
+                continue
             verdicts = self.judge([each.deployment for each in left], target)
             below = [each for each, verdict in zip(left, verdicts, strict=True) if not verdict.attains]
             left = [each for each in left if each not in below]
@@ -395,5 +396,5 @@ class Search:
     def climbed(self, each: Found, verdicts: list[Verdict]) -> Found:
         """With the goodput that the answer gives."""
         self.simulated += sum(verdict.requests for verdict in verdicts)
-        best = max((v.rate for v in verdicts if v.attains), default=each.verdict.rate)
+        best = max((v.rate for v in (each.verdict, *verdicts) if v.attains), default=0.0)
         return replace(each, goodput=best * each.deployment.copies)
