@@ -34,10 +34,13 @@ def test_a_signal_cancels_the_work_which_then_ends_its_processes(
             process.terminate()
             codes.append(await process.wait())
 
-    before = signal.getsignal(signal.SIGINT)
-    assert run(interruptible(work))
-    assert codes == [-signal.SIGTERM]
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without it
+    try:
+        assert run(interruptible(work))
+        assert codes == [-signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_work_that_ends_was_not_cut_short() -> None:

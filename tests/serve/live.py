@@ -123,7 +123,7 @@ def survives(server: Server, victim: str, max_tokens: int) -> None:
 @contextmanager
 def serving(tmp_path: Path, *args: str, environ: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A server that is ready; killed at the end if the test has not stopped it."""
-    server = Server(list(args), tmp_path / "server.log", environ)
+    server = Server([*args, "--awake", "0"] if "--awake" not in args else list(args), tmp_path / "server.log", environ)
     try:
         server.wait_ready()
         yield server

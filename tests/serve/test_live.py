@@ -155,7 +155,7 @@ def test_a_hung_instance_is_fenced_and_replaced(tmp_path: Path) -> None:
 
 
 def test_sigterm_lets_running_requests_finish_and_leaves_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path, "fake:step=0.01", "--kv-memory", "8MiB") as server:
+    with serving(tmp_path, "fake:step=0.01", "--kv-memory", "8MiB", "--awake", "2") as server:
         processes = server.processes()
         found: list[str] = []
         thread = threading.Thread(target=lambda: found.append(server.text("story", max_tokens=150)))
