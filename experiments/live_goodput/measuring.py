@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from statistics import fmean
 
@@ -24,6 +24,7 @@ import uvloop
 
 from distserve.costs.base import Costs
 from distserve.errors import DistserveError, UsageError
+from distserve.interrupts import interruptible
 from distserve.metrics import quantile
 from distserve.plan import Plan
 from distserve.validate.grid import offered, rounded
@@ -178,23 +179,10 @@ def measure(asked: Asked, costs: Costs, recording: Recording) -> Measuring:
     _say(f"{len(cells)} cells, {len(left)} of them to be measured: about {measuring.about(left) / 60:.0f} min at most")
     gc.collect()
     gc.freeze()  # a collection that walks every workload would stop the clock-reader for milliseconds
-    uvloop.run(_interruptible(measuring))
-    return measuring
-
-
-async def _interruptible(measuring: Measuring) -> None:
-    task = asyncio.create_task(_all(measuring))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:
-        measuring.interrupted = True
+    measuring.interrupted = uvloop.run(interruptible(partial(_all, measuring)))
+    if measuring.interrupted:
         _say("stopped; what was measured is kept")
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+    return measuring
 
 
 async def _all(measuring: Measuring) -> None:
