@@ -182,7 +182,7 @@ def main() -> None:
     os.sched_setaffinity(0, {options.core})
     kernels.set_num_threads(1)
     library = kernels.load()
-    if library is None or not library.tiles:
+    if library is None or library.unit != "tiles":
         raise SystemExit("these figures are about the AMX kernels, which do not run on this machine")
 
     OUT.mkdir(parents=True, exist_ok=True)

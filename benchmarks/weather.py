@@ -2,8 +2,9 @@
 
     python -m benchmarks.weather [--core 0] [--seconds 40] [--json FILE|-]
 
-Four kinds of work take turns, some milliseconds each: products of bf16 matrices (which oneDNN computes in the matrix
-tiles where a core has them), products of fp32 matrices (vector units alone), an interpreter's loop, a copy of memory.
+Kinds of work take turns, some milliseconds each: products of bf16 matrices (which oneDNN computes in the matrix tiles
+where a core has them), the same in the vector units (our own kernels, as with DISTSERVE_KERNELS=vectors, where the core
+has such), products of fp32 matrices (vector units, too), an interpreter's loop, a copy of memory.
 Each is divided by what its quick tenth takes. The last column is the mean while the bf16 products take more than 1.6
 times as long: what is slow together is slow for the same reason. Virtual processors that do not know of each other may
 be the two threads of one core, and share its units.
@@ -12,6 +13,7 @@ be the two threads of one core, and share its units.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -20,9 +22,11 @@ from statistics import fmean
 import torch
 
 from benchmarks.harness import describe, machine, report, table
+from distserve.engine import kernels
+from distserve.engine.kernels.build import build
 
 SLOW = 1.6
-SIZE, FLOAT_SIZE, COPIED = 1024, 512, 64 << 20
+SIZE, ROWS, FLOAT_SIZE, COPIED = 1024, 256, 512, 64 << 20
 
 
 def works() -> dict[str, Callable[[], object]]:
@@ -30,8 +34,12 @@ def works() -> dict[str, Callable[[], object]]:
     tiles = [torch.randn(SIZE, SIZE, dtype=torch.bfloat16) for _ in range(2)]
     floats = [torch.randn(FLOAT_SIZE, FLOAT_SIZE) for _ in range(2)]
     source, target = torch.zeros(2, COPIED, dtype=torch.uint8)
-    return {
-        "bf16 products": lambda: [tiles[0] @ tiles[1] for _ in range(6)],
+    found: dict[str, Callable[[], object]] = {"bf16 products": lambda: [tiles[0] @ tiles[1] for _ in range(6)]}
+    library = kernels.load()
+    if library is not None and kernels.Kernels(ctypes.CDLL(str(build())), "vectors").packs:
+        weight = kernels.PackedWeight(library, tiles[0][:ROWS].contiguous())
+        found["in vectors"] = lambda: weight.multiply(tiles[1])
+    return found | {
         "fp32 products": lambda: [floats[0] @ floats[1] for _ in range(4)],
         "interpreter": lambda: sum(i * i for i in range(60_000)),
         "copy": lambda: target.copy_(source),

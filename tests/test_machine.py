@@ -8,6 +8,7 @@ from distserve import machine
 from distserve.catalogue import canonical
 from distserve.cluster import Cluster
 from distserve.costs.devices import catalogue
+from distserve.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,13 @@ def test_the_local_cluster_has_a_device_for_each_core_or_gpu(monkeypatch: pytest
 def test_models_of_one_shape_have_one_name() -> None:
     assert canonical("demo") == canonical("SmolLM2-135M-instruct") == canonical("HuggingFaceTB/SmolLM2-135M")
     assert canonical("a/folder") == "a/folder"
+
+
+def test_costs_of_other_kernels_are_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(machine.KERNELS_DIAL, raising=False)
+    usual = machine.fingerprint("cpu")
+    monkeypatch.setenv(machine.KERNELS_DIAL, "vectors")
+    assert machine.fingerprint("cpu") == f"{usual}, DISTSERVE_KERNELS=vectors"
+    monkeypatch.setenv(machine.KERNELS_DIAL, "fast")
+    with pytest.raises(UsageError, match="auto, vectors, generic, off"):
+        machine.fingerprint("cpu")

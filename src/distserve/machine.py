@@ -8,10 +8,16 @@ import platform
 import re
 from functools import cache
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from distserve.errors import UsageError
 
 DEFAULT_KV = 1 << 30  # bytes of an instance's KV memory on a CPU, where nobody says another size
+
+# In the environment: the most that the CPU kernels use. auto: all this machine can; vectors: no AMX tiles; generic:
+# plain C, matrix products by torch; off: plain torch.
+KERNELS_DIAL = "DISTSERVE_KERNELS"
+Kernels = Literal["auto", "vectors", "generic", "off"]
 
 
 def cores() -> list[int]:
@@ -96,7 +102,16 @@ def fingerprint(device: str) -> str:
     """By which costs know whether they were measured on a machine like this: what computes, and how much of it."""
     if device != "cpu":
         return f"{gpus()}x {gpu_name(0)}, {gpu_memory(0) / 2**30:.0f} GiB"
-    return f"{processor()}, {os.cpu_count()} cores, {memory() / 2**30:.0f} GiB"
+    dial = "" if kernels() == "auto" else f", {KERNELS_DIAL}={kernels()}"
+    return f"{processor()}, {os.cpu_count()} cores, {memory() / 2**30:.0f} GiB{dial}"
+
+
+def kernels() -> Kernels:
+    """What the environment's dial says. Raises `UsageError`."""
+    value = os.environ.get(KERNELS_DIAL, "auto")
+    if value not in get_args(Kernels):
+        raise UsageError(f"{KERNELS_DIAL}={value} is unknown; it is one of {', '.join(get_args(Kernels))}")
+    return cast(Kernels, value)
 
 
 # What decides how fast a core multiplies, beside its name: virtual machines often hide the latter.

@@ -112,7 +112,7 @@ def test_a_sender_does_not_wait_for_whoever_computes(tmp_path: Path) -> None:
 
 @needs_library
 def test_the_kernels_own_call_of_all_blocks_sums_as_the_modules_do(tmp_path: Path) -> None:
-    """In bf16 with AMX tiles a stage is one call of C, which calls the links' C."""
+    """In bf16, where our own kernels multiply, a stage is one call of C, which calls the links' C."""
     make_checkpoint(tmp_path, **WIDE)
     places = all_places(tmp_path, 3, 2)
     assert NATIVE is not None
@@ -137,7 +137,7 @@ def test_a_sum_that_fails_in_the_midst_of_the_kernels_is_heard_of(tmp_path: Path
     rank = (places[0], Broken(places[0], meeting, queue, queue))
     with Ranks(tmp_path, [rank], torch.bfloat16) as ranks:
         if getattr(ranks.models[0], "stack", None) is None:
-            pytest.skip("this processor has no AMX tiles: modules are called one by one")
+            pytest.skip("this processor has no bf16 vectors: modules are called one by one")
         with pytest.raises(ConnectionError, match="the other rank is gone"):
             ranks.logits(PROMPT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from tests.engine.oracle import EPSILON, distance
 from torch import Tensor
 
+from distserve import machine
 from distserve.engine import kernels
 from distserve.engine.kernels import bindings
 from distserve.engine.kernels.build import build
@@ -43,15 +45,20 @@ def library() -> kernels.Kernels:
         pytest.skip("no C compiler on this machine")
     found = kernels.load()
     if found is None:
-        pytest.skip(f"kernels are switched off by {bindings.DIAL}")
+        pytest.skip(f"kernels are switched off by {machine.KERNELS_DIAL}")
     return found
 
 
-@pytest.fixture(scope="module")
-def tiles(library: kernels.Kernels) -> kernels.Kernels:
-    if not library.tiles:
-        pytest.skip("this processor has no AMX tiles: torch multiplies")
-    return library
+@pytest.fixture(scope="module", params=["tiles", "vectors"])
+def packing(request: pytest.FixtureRequest, library: kernels.Kernels) -> Iterator[kernels.Kernels]:
+    """Kernels that multiply packed weights, with each unit that this processor has for it."""
+    loaded = ctypes.CDLL(str(build()))  # the same library: told what to use, and afterwards to use what it did
+    chosen = kernels.Kernels(loaded, request.param)
+    if chosen.unit == request.param:
+        yield chosen
+    kernels.Kernels(loaded, library.unit)
+    if chosen.unit != request.param:
+        pytest.skip(f"this processor does not multiply in {request.param}")
 
 
 @pytest.fixture
@@ -106,11 +113,11 @@ def test_a_compiler_that_fails_is_reported(fresh: Path, monkeypatch: pytest.Monk
 
 
 def test_the_dial(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
-    monkeypatch.setenv(bindings.DIAL, "off")
+    monkeypatch.setenv(machine.KERNELS_DIAL, "off")
     assert kernels.load() is None
-    monkeypatch.setenv(bindings.DIAL, "fast")
-    with pytest.raises(UsageError, match="auto, generic, off"):
-        bindings.mode()
+    monkeypatch.setenv(machine.KERNELS_DIAL, "fast")
+    with pytest.raises(UsageError, match="auto, vectors, generic, off"):
+        machine.kernels()
 
 
 @needs_compiler
@@ -126,10 +133,10 @@ def test_the_command_says_what_was_built() -> None:
 
 @settings(max_examples=60)
 @given(rows=st.integers(1, 100), inputs=st.integers(1, 200), outputs=st.integers(1, 100), bias=st.booleans())
-def test_products_are_right(tiles: kernels.Kernels, rows: int, inputs: int, outputs: int, bias: bool) -> None:
+def test_products_are_right(packing: kernels.Kernels, rows: int, inputs: int, outputs: int, bias: bool) -> None:
     weight, x = random(outputs, inputs), random(rows, inputs, seed=1)
     shift = random(outputs, seed=2) if bias else None
-    packed = kernels.PackedWeight(tiles, weight, shift)
+    packed = kernels.PackedWeight(packing, weight, shift)
     wanted = F.linear(x.double(), weight.double(), None if shift is None else shift.double())
     assert distance(packed.multiply(x), wanted) < EPSILON[torch.bfloat16]
     assert distance(packed.logits(x), wanted) < 1e-5
@@ -137,23 +144,23 @@ def test_products_are_right(tiles: kernels.Kernels, rows: int, inputs: int, outp
 
 @settings(max_examples=40)
 @given(rows=st.integers(1, 70), inputs=st.integers(1, 130), half=st.integers(1, 70), bias=st.booleans())
-def test_gated_products_are_right(tiles: kernels.Kernels, rows: int, inputs: int, half: int, bias: bool) -> None:
+def test_gated_products_are_right(packing: kernels.Kernels, rows: int, inputs: int, half: int, bias: bool) -> None:
     weight, x = random(2 * half, inputs), random(rows, inputs, seed=1)
     shift = random(2 * half, seed=2) if bias else None
-    got = kernels.PackedWeight(tiles, weight, shift, gated=True).multiply(x)
+    got = kernels.PackedWeight(packing, weight, shift, gated=True).multiply(x)
     gate, up = F.linear(x.double(), weight.double(), None if shift is None else shift.double()).chunk(2, -1)
     assert got.shape == (rows, half)
     assert distance(got, F.silu(gate) * up) < EPSILON[torch.bfloat16]
 
 
-def test_no_rows_no_product(tiles: kernels.Kernels) -> None:
-    assert kernels.PackedWeight(tiles, random(40, 64)).multiply(random(0, 64)).shape == (0, 40)
+def test_no_rows_no_product(packing: kernels.Kernels) -> None:
+    assert kernels.PackedWeight(packing, random(40, 64)).multiply(random(0, 64)).shape == (0, 40)
 
 
 @pytest.mark.parametrize("inputs", [64, 70])
-def test_a_row_reads_nothing_but_itself(tiles: kernels.Kernels, inputs: int) -> None:
+def test_a_row_reads_nothing_but_itself(packing: kernels.Kernels, inputs: int) -> None:
     """Neighbours that are NaN, in other rows and beyond a row's end, stay where they are."""
-    packed = kernels.PackedWeight(tiles, random(33, inputs))
+    packed = kernels.PackedWeight(packing, random(33, inputs))
     wide = torch.full((19, 2 * inputs), float("nan"), dtype=torch.bfloat16)
     wide[::2, :inputs] = random(10, inputs, seed=1)
     got = packed.multiply(wide[:, :inputs])
@@ -162,42 +169,42 @@ def test_a_row_reads_nothing_but_itself(tiles: kernels.Kernels, inputs: int) -> 
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_row_does_not_depend_on_its_batch(tiles: kernels.Kernels, gated: bool) -> None:
-    packed = kernels.PackedWeight(tiles, random(576, 576), gated=gated)
+def test_a_row_does_not_depend_on_its_batch(packing: kernels.Kernels, gated: bool) -> None:
+    packed = kernels.PackedWeight(packing, random(576, 576), gated=gated)
     x = random(700, 576, seed=1)
     whole = packed.multiply(x)
     for first, last in ((0, 1), (3, 20), (5, 37), (31, 64), (100, 148), (0, 512), (511, 700)):
         assert torch.equal(packed.multiply(x[first:last]), whole[first:last]), (first, last)
 
 
-def test_threads_change_nothing(tiles: kernels.Kernels) -> None:
-    packed = kernels.PackedWeight(tiles, random(300, 200))
+def test_threads_change_nothing(packing: kernels.Kernels) -> None:
+    packed = kernels.PackedWeight(packing, random(300, 200))
     x = random(90, 200, seed=1)
     alone = packed.multiply(x), packed.multiply(x[:3])
-    tiles.set_num_threads(2)
+    packing.set_num_threads(2)
     try:
         together = packed.multiply(x), packed.multiply(x[:3])
     finally:
-        tiles.set_num_threads(1)
+        packing.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @settings(max_examples=20)
 @given(rows=st.integers(1, 90), inputs=st.integers(1, 100))
-def test_rows_come_back_as_they_were(tiles: kernels.Kernels, rows: int, inputs: int) -> None:
+def test_rows_come_back_as_they_were(packing: kernels.Kernels, rows: int, inputs: int) -> None:
     weight = random(rows, inputs)
-    packed = kernels.PackedWeight(tiles, weight)
+    packed = kernels.PackedWeight(packing, weight)
     ids = torch.arange(rows).flip(0)
     assert torch.equal(packed.rows(ids), weight[ids])
 
 
 @pytest.mark.parametrize("bad", [-1, 50])
-def test_a_row_that_is_not_there(tiles: kernels.Kernels, bad: int) -> None:
+def test_a_row_that_is_not_there(packing: kernels.Kernels, bad: int) -> None:
     with pytest.raises(IndexError, match="vocabulary of 50"):
-        kernels.PackedWeight(tiles, random(50, 64)).rows(torch.tensor([3, bad]))
+        kernels.PackedWeight(packing, random(50, 64)).rows(torch.tensor([3, bad]))
 
 
-def test_packed_memory_is_one_copy_in_the_arena(tiles: kernels.Kernels) -> None:
+def test_packed_memory_is_one_copy_in_the_arena(packing: kernels.Kernels) -> None:
     arena = bindings._Arena()
     first, second = arena.take(1000), arena.take(64)
     assert first.data_ptr() % 64 == 0

@@ -38,7 +38,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 same_fixture = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(params=["tiles", "generic", "torch"])
+@pytest.fixture(params=["tiles", "vectors", "generic", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each way in which a layer can be computed on this machine."""
     library = kernels.load()
@@ -48,19 +48,15 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         return
     if library is None:
         pytest.skip("no kernels: no C compiler, or switched off")
-    if not library.tiles:
-        if request.param == "tiles":
-            pytest.skip("this processor has no AMX tiles")
-        yield "generic"
-        return
-    if request.param == "tiles":
-        yield "tiles"
-        return
-    loaded = ctypes.CDLL(str(build()))  # the same library: told to leave the tiles alone, and afterwards not to
-    generic = kernels.Kernels(loaded, allow_tiles=False)
-    monkeypatch.setattr(kernels, "load", lambda: generic)
-    yield "generic"
-    kernels.Kernels(loaded, allow_tiles=True)
+    loaded = ctypes.CDLL(str(build()))  # the same library: told what to use, and afterwards to use what it did
+    wanted = None if request.param == "generic" else request.param
+    chosen = kernels.Kernels(loaded, wanted)
+    monkeypatch.setattr(kernels, "load", lambda: chosen)
+    if chosen.unit == wanted:
+        yield request.param
+    kernels.Kernels(loaded, library.unit)
+    if chosen.unit != wanted:
+        pytest.skip(f"this processor does not multiply in {request.param}")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -165,7 +161,8 @@ def test_attention_without_rotation_is_the_same(path: str) -> None:
 # Whatever the batch and the pieces, the same bits
 
 
-exact = pytest.mark.parametrize("path", ["tiles", "generic"], indirect=True)  # plain torch promises no equal bits
+# plain torch promises no equal bits
+exact = pytest.mark.parametrize("path", ["tiles", "vectors", "generic"], indirect=True)
 
 
 def in_pieces(
@@ -284,7 +281,7 @@ def test_packing_changes_no_result(path: str, dtype: torch.dtype, bias: bool) ->
         before = layer(x)
         layer.pack()
         assert distance(layer(x), before) < 1e-2
-        if path == "tiles" and dtype == torch.bfloat16:
+        if path in ("tiles", "vectors") and dtype == torch.bfloat16:
             assert layer.weight.numel() == 0, "the weight must not be kept twice"
 
 

@@ -161,8 +161,8 @@ def test_chunked_and_whole_prefill_agree_bit_by_bit(case: str, dtype: torch.dtyp
 def test_a_sequence_does_not_notice_its_batch_nor_how_it_was_cut(case: str, tmp_path: Path) -> None:
     """To the last bit of its logits, where our own kernels multiply."""
     library = kernels.load()
-    if library is None or not library.tiles:
-        pytest.skip("this processor has no AMX tiles: a library multiplies, which promises no equal bits")
+    if library is None or not library.packs:
+        pytest.skip("this processor has no bf16 vectors: a library multiplies, which promises no equal bits")
     checkpoint(tmp_path, case)
     model = load_model(tmp_path, torch.bfloat16)
     generator = torch.Generator().manual_seed(5)

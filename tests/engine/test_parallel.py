@@ -111,8 +111,8 @@ def test_in_half_precision(case: str, dtype: torch.dtype, tmp_path: Path) -> Non
 def test_a_sequence_does_not_notice_how_it_was_cut(case: str, tmp_path: Path) -> None:
     """To the last bit, where our own kernels multiply: also where ranks sum."""
     library = kernels.load()
-    if library is None or not library.tiles:
-        pytest.skip("this processor has no AMX tiles: a library multiplies, which promises no equal bits")
+    if library is None or not library.packs:
+        pytest.skip("this processor has no bf16 vectors: a library multiplies, which promises no equal bits")
     checkpoint(tmp_path, case, **SHAPES[case])
     prompt = list(range(3, 103))
     with Ranks.all(tmp_path, 3, 2, torch.bfloat16) as ranks:

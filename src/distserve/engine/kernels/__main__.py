@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import sys
 
-from distserve.engine.kernels.bindings import load, mode
+from distserve import machine
+from distserve.engine.kernels.bindings import load
+
+_MULTIPLIES = {
+    "tiles": "AMX tiles",
+    "vectors": "AVX512-BF16 vectors",
+    None: "generic C, matrix products by torch",
+}
 
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     kernels = load()
     if kernels is None:
-        print(f"CPU kernels: none (mode {mode()}); plain torch computes")
-        return 0 if mode() == "off" else 1
-    tiles = "AMX tiles" if kernels.tiles else "generic C, matrix products by torch"
-    print(f"CPU kernels: ready ({tiles}; {'OpenMP' if kernels.has_threads else 'one thread'})")
+        print(f"CPU kernels: none ({machine.KERNELS_DIAL} is {machine.kernels()}); plain torch computes")
+        return 0 if machine.kernels() == "off" else 1
+    print(f"CPU kernels: ready ({_MULTIPLIES[kernels.unit]}; {'OpenMP' if kernels.has_threads else 'one thread'})")
     return 0
 
 

@@ -80,7 +80,7 @@ static Span span_of(const Call *c, const Task *t, size_t itemsize) {
 #define LOAD(x) from_bf16(x)
 #define STORE(x) to_bf16(x)
 #define NAME(x) x##_bf16
-#ifdef HAVE_AMX
+#ifdef HAVE_BF16_VECTORS
 #define ROTATE16 rotate_16
 #endif
 #include "attention_plain.h"

@@ -59,13 +59,6 @@ static int amx_attends(const Layer *l) {
     return l->head_dim % 16 == 0 && l->head_dim <= 256 && l->block_size % 16 == 0 && l->scale > 0;
 }
 
-/* Hands out consecutive pieces of scratch memory, multiples of 64 bytes. */
-static void *take(char **at, int64_t bytes) {
-    void *piece = *at;
-    *at += CEIL_DIV(bytes, 64) * 64;
-    return piece;
-}
-
 static Work lay_out(int64_t rows, int64_t dim) {
     /* beyond one group there are pairs of groups; a missing last one repeats the last row */
     Work w = {.groups = rows <= 16 ? 1 : CEIL_DIV(rows, 32) * 2, .dim = dim, .padded = CEIL_DIV(dim, 32) * 32};

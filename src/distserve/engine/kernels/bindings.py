@@ -10,21 +10,22 @@ import ctypes
 import functools
 import logging
 import mmap
-import os
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from distserve import machine
 from distserve.engine.kernels.build import build
-from distserve.errors import UsageError
 from distserve.native import BuildError
 
 log = logging.getLogger(__name__)
 
-DIAL = "DISTSERVE_KERNELS"  # auto: all this machine can; generic: no AMX; off: plain torch
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
+Unit = Literal["vectors", "tiles"]
+_UNITS: tuple[Unit | None, ...] = (None, "vectors", "tiles")  # by the numbers that ds_init takes and gives
+_MOST: dict[machine.Kernels, Unit | None] = {"auto": "tiles", "vectors": "vectors", "generic": None}
 _MODES = {"bfloat16": 0, "float32": 1, "gated": 2}
 _ARENA = 32 << 20
 _HUGE_PAGE = 2 << 20
@@ -79,15 +80,17 @@ class StackOfBlocks(ctypes.Structure):
 
 
 class Kernels:
-    """The loaded library. `tiles`: matrix products and attention run on AMX."""
+    """The loaded library. `unit`: what multiplies, up to `most`: "tiles" (AMX; attention too), "vectors" (AVX512-BF16)
+    or None, where torch does. `packs`: weights are to be packed, because these kernels multiply."""
 
-    def __init__(self, library: ctypes.CDLL, allow_tiles: bool) -> None:
+    def __init__(self, library: ctypes.CDLL, most: Unit | None = "tiles") -> None:
         def function(name: str, *arguments: Any, result: Any = None) -> Any:
             found = getattr(library, name)
             found.argtypes, found.restype = arguments, result
             return found
 
-        self.tiles = bool(function("ds_init", _int, result=_int)(int(allow_tiles)))
+        self.unit: Unit | None = _UNITS[function("ds_init", _int, result=_int)(_UNITS.index(most))]
+        self.packs = self.unit is not None
         self.has_threads = bool(function("ds_has_threads", result=_int)())
         self._set_num_threads = function("ds_set_num_threads", _int)
         norm = (_pointer, _pointer, _pointer, _pointer, _int, _int, _float)
@@ -98,7 +101,7 @@ class Kernels:
         self.attention = function("ds_attention", _pointer, _pointer, *part, *part, *part, _pointer)
         self.pack = function("ds_pack", _pointer, _pointer, _pointer)
         self.gather = function("ds_gather", _pointer, _pointer, _int, _pointer, result=_int)
-        if self.tiles:
+        if self.packs:
             self.linear = function("ds_linear", _pointer, _pointer, _int, _int, _pointer, _int, _int)
             self.stack = function("ds_stack", *(_pointer,) * 4, _int, _pointer, _pointer, result=_int)
             self.stack_bytes = function("ds_stack_bytes", _pointer, _int, result=_int)
@@ -123,10 +126,10 @@ class Kernels:
 
 
 class PackedWeight:
-    """A bf16 weight [N, K] in the order in which AMX reads it, with its bias. Needs `Kernels.tiles`."""
+    """A bf16 weight [N, K] in the order in which it is multiplied, with its bias. Needs `Kernels.packs`."""
 
     def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> None:
-        assert kernels.tiles
+        assert kernels.packs
         assert weight.dtype == torch.bfloat16
         assert weight.is_contiguous()
         num_outputs, num_inputs = weight.shape
@@ -195,26 +198,18 @@ def huge_pages(size: int) -> Tensor:
 _arena = _Arena()
 
 
-def mode() -> Literal["auto", "generic", "off"]:
-    """What the environment's dial says. Raises `UsageError`."""
-    value = os.environ.get(DIAL, "auto")
-    if value not in ("auto", "generic", "off"):
-        raise UsageError(f"{DIAL}={value} is unknown; it is one of auto, generic, off")
-    return value  # type: ignore[return-value]
-
-
 @functools.cache
 def load() -> Kernels | None:
     """The kernels of this process, built if need be; None where switched off or not buildable (said once)."""
-    chosen = mode()
-    if chosen == "off":
+    dial = machine.kernels()
+    if dial == "off":
         return None
     try:
         library = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
         log.warning("CPU kernels are unavailable, plain torch computes instead (slower): %s", error)
         return None
-    return Kernels(library, allow_tiles=chosen == "auto")
+    return Kernels(library, _MOST[dial])
 
 
 def set_num_threads(count: int) -> None:

@@ -10,6 +10,8 @@ SOURCES = (
     "kernels.c",
     "common.h",
     "linear.h",
+    "linear_amx.h",
+    "linear_vectors.h",
     "attention.h",
     "attention_amx.h",
     "attention_columns.h",

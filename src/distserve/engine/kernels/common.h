@@ -1,7 +1,7 @@
 /* What every kernel shares: number formats, thread count, scratch memory, AMX permission and small vector helpers.
  *
- * HAVE_AMX is a question to the compiler (-march=native on a machine with AMX and AVX512-BF16); whether the operating
- * system lets this process use the tiles is asked once at run time (ds_init).
+ * HAVE_BF16_VECTORS and HAVE_AMX are questions to the compiler (-march=native on a machine with AVX512-BF16, and AMX);
+ * whether the operating system lets this process use the tiles is asked once at run time (ds_init).
  */
 #pragma once
 
@@ -11,9 +11,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define HAVE_AMX 1
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAVE_BF16_VECTORS 1
 #include <immintrin.h>
+#endif
+
+#if defined(HAVE_BF16_VECTORS) && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define HAVE_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -35,7 +39,7 @@ enum { DTYPE_F32 = 0, DTYPE_BF16 = 1 };
 
 static int num_threads = 1;
 #ifdef HAVE_AMX
-static int tiles_allowed; /* by the operating system, to this process */
+static int tiles_allowed; /* by the operating system, and by who started this process */
 #endif
 
 static inline float from_bf16(bf16 value) {
@@ -77,6 +81,13 @@ static void *scratch(size_t bytes) {
     return memory;
 }
 
+/* Hands out consecutive pieces of scratch memory, multiples of 64 bytes. */
+static inline void *take(char **at, int64_t bytes) {
+    void *piece = *at;
+    *at += CEIL_DIV(bytes, 64) * 64;
+    return piece;
+}
+
 #ifdef HAVE_AMX
 
 typedef struct {
@@ -95,6 +106,10 @@ static inline void configure_tiles(const uint8_t rows[8]) {
 
 /* Compilers do not know that a tile load reads memory. */
 #define BEFORE_TILE_LOAD() __asm__ volatile("" ::: "memory")
+
+#endif
+
+#ifdef HAVE_BF16_VECTORS
 
 /* Sixteen numbers, those outside the mask 0. */
 static inline __m512 load_bf16(const bf16 *from, __mmask16 mask) {

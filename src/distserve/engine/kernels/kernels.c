@@ -40,14 +40,17 @@ EXPORT int64_t ds_has_threads(void) {
 #endif
 }
 
-/* Asks the system for the AMX tiles (Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)); `allow` 0 leaves them
- * alone. Returns whether matrix products run on tiles. Call before threads are started. */
-EXPORT int64_t ds_init(int64_t allow) {
+/* What multiplies: 2 AMX tiles, 1 vector units, 0 nothing here. The most that this machine has, the system lets this process
+ * use (Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) and `most` allows. Call before threads are started. */
+EXPORT int64_t ds_init(int64_t most) {
 #ifdef HAVE_AMX
-    tiles_allowed = allow && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-    return tiles_allowed;
+    tiles_allowed = most >= 2 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    if (tiles_allowed) return 2;
+#endif
+#ifdef HAVE_BF16_VECTORS
+    return MIN(most, 1);
 #else
-    (void)allow;
+    (void)most;
     return 0;
 #endif
 }

@@ -1,8 +1,9 @@
-/* Matrix products with weights that were packed for AMX, and the gather of embedding rows out of the packed form.
+/* Matrix products with packed weights, and the gather of embedding rows out of the packed form. The sums themselves are
+ * made on AMX tiles (linear_amx.h) or in vector registers (linear_vectors.h).
  *
  * Packed weight: [units][steps][2][16][16][2]. A unit is 32 outputs, a step is 32 inputs; within a step lie two 1 KB
- * tiles of 16 outputs, each 16 rows of input pairs: what TDPBF16PS wants as its B operand, so that a matrix product
- * reads its weights in one straight line. Plain: output n is tile (n / 16) % 2 of unit n / 32. Gated: a unit holds 16
+ * tiles of 16 outputs, each 16 rows of input pairs: what TDPBF16PS wants as its B operand, and, row by row, VDPBF16PS,
+ * so that a matrix product reads its weights in one straight line. Plain: output n is tile (n / 16) % 2 of unit n / 32. Gated: a unit holds 16
  * gate outputs and the 16 up outputs that belong to them. The edges are padded with zeros.
  *
  * Each output is one chain of fp32 accumulations over the inputs in order, whatever the number of rows, so a row's
@@ -56,7 +57,7 @@ EXPORT int64_t ds_gather(const Packed *w, const int64_t *ids, int64_t count, bf1
     return 0;
 }
 
-#ifdef HAVE_AMX
+#ifdef HAVE_BF16_VECTORS
 
 /* Rows of x are multiplied with all weights before the next ones, and with a group of units before the next group: so
  * many bytes of each stay in the second-level cache, next to the following group, and outputs are written some hundred
@@ -103,12 +104,6 @@ typedef struct {
     __mmask16 mask0, mask1;
     __m512 bias0, bias1;
 } Pending;
-
-/* Tiles: 0, 1 sums of the first sixteen rows, 2, 3 of the second; 4, 5 those rows of x; 6, 7 weights. */
-static inline void configure_product(int first_rows, int second_rows) {
-    const uint8_t a = (uint8_t)first_rows, b = (uint8_t)second_rows;
-    configure_tiles((const uint8_t[8]){a, a, b, b, a, b, 16, 16});
-}
 
 static inline __mmask16 lanes(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
 
@@ -158,66 +153,40 @@ static inline __attribute__((always_inline)) void prefetch_outputs(const Product
     for (int64_t i = 0; i < count; i++, at += p->out_stride * itemsize) __builtin_prefetch(at, 1);
 }
 
-/* `count` <= 32 rows of x from `row` on times units [first, last). While the tiles multiply one unit, the vector units
- * write the one before. */
-static inline __attribute__((always_inline)) void multiply_rows(const Product *p, int64_t mode, const bf16 *x,
-                                                                int64_t stride, int64_t row, int64_t count,
-                                                                int64_t first, int64_t last, int first_use,
-                                                                Ahead *ahead) {
-    float sums[2][1024] __attribute__((aligned(64)));
-    const int64_t steps = p->steps, share = CEIL_DIV(32, steps);
-    const size_t bytes = (size_t)stride * 2;
-    const bf16 *b = p->w->weight + first * steps * 1024;
-    Pending before = {.rows = 0};
-    BEFORE_TILE_LOAD();
-    for (int64_t unit = first; unit < last; unit++) {
-        const bf16 *low = x + row * stride, *high = low + 16 * stride;
-        float *to = sums[unit % 2];
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t step = 0; step < steps; step++, b += 1024, low += 32, high += 32) {
-            if (first_use) prefetch_step(b);
-            else prefetch_ahead(ahead);
-            _tile_loadd(4, low, bytes);
-            if (first_use) {
-                _tile_loadd(6, b, 64);
-                _tile_loadd(7, b + 512, 64);
-            } else { /* past the first-level cache, which so keeps the rows of x */
-                _tile_stream_loadd(6, b, 64);
-                _tile_stream_loadd(7, b + 512, 64);
-            }
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (count > 16) {
-                _tile_loadd(5, high, bytes);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            write_sums(p, mode, &before, (step + 1) * share);
-            prefetch_outputs(p, mode, unit, row + step * share, MIN(share, count - step * share));
-        }
-        _tile_stored(0, to, 128);
-        _tile_stored(1, to + 16, 128);
-        if (count > 16) {
-            _tile_stored(2, to + 512, 128);
-            _tile_stored(3, to + 528, 128);
-        }
-        BEFORE_TILE_LOAD();
-        before = pending(p, unit, row, count, to);
-    }
-    write_sums(p, mode, &before, 32);
+#ifdef HAVE_AMX
+#include "linear_amx.h"
+#endif
+#include "linear_vectors.h"
+
+/* Before `multiply` is called with `count` rows, as often as wanted; after the last call. */
+static inline void begin_rows(int64_t count) {
+#ifdef HAVE_AMX
+    if (tiles_allowed) configure_product((int)MIN(count, 16), (int)MAX(count - 16, 1));
+#else
+    (void)count;
+#endif
 }
 
-/* As `multiply_rows`, with each form of the epilogue compiled for itself. */
+static inline void end_rows(void) {
+#ifdef HAVE_AMX
+    if (tiles_allowed) _tile_release();
+#endif
+}
+
+/* `count` <= 32 rows of x from `row` on times units [first, last). Each form of the epilogue is compiled for itself. */
 static void multiply(const Product *p, const bf16 *x, int64_t stride, int64_t row, int64_t count, int64_t first,
                      int64_t last, int first_use, Ahead *ahead) {
-    if (p->mode == OUT_GATED) multiply_rows(p, OUT_GATED, x, stride, row, count, first, last, first_use, ahead);
-    else if (p->mode == OUT_BF16) multiply_rows(p, OUT_BF16, x, stride, row, count, first, last, first_use, ahead);
-    else if (p->mode == OUT_ADDED)
-        multiply_rows(p, OUT_ADDED, x, stride, row, count, first, last, first_use, ahead);
-    else multiply_rows(p, OUT_F32, x, stride, row, count, first, last, first_use, ahead);
+#ifdef HAVE_AMX
+    if (tiles_allowed) {
+        if (p->mode == OUT_GATED) multiply_tiles(p, OUT_GATED, x, stride, row, count, first, last, first_use, ahead);
+        else if (p->mode == OUT_BF16) multiply_tiles(p, OUT_BF16, x, stride, row, count, first, last, first_use, ahead);
+        else if (p->mode == OUT_ADDED)
+            multiply_tiles(p, OUT_ADDED, x, stride, row, count, first, last, first_use, ahead);
+        else multiply_tiles(p, OUT_F32, x, stride, row, count, first, last, first_use, ahead);
+        return;
+    }
+#endif
+    multiply_vectors(p, x, stride, row, count, first, last, first_use, ahead);
 }
 
 /* Rows [row, row + rows) of x times units [first, last). What is left of the rows after the last 32 uses each group of
@@ -229,14 +198,14 @@ static void multiply_block(const Product *p, const bf16 *x, int64_t stride, int6
     for (int64_t unit = first; unit < last; unit += group) {
         const int64_t end = MIN(unit + group, last);
         if (whole) {
-            if (rest || unit == first) configure_product(16, 16);
+            if (rest || unit == first) begin_rows(32);
             Ahead ahead = {(const char *)(p->w->weight + end * p->steps * 1024), CEIL_DIV(32 * 32, whole)};
             for (int64_t i = 0; i < whole; i += 32)
                 multiply(p, x, stride, row + i, 32, unit, end, whole == 32, &ahead);
         }
         if (rest) {
             Ahead ahead = {NULL, 0};
-            configure_product((int)MIN(rest, 16), (int)MAX(rest - 16, 1));
+            begin_rows(rest);
             multiply(p, x, stride, row + whole, rest, unit, end, whole == 0, &ahead);
         }
     }
@@ -251,7 +220,7 @@ EXPORT void ds_linear(const Packed *w, const bf16 *x, int64_t stride, int64_t ro
     const int64_t units = packed_units(w), blocks = CEIL_DIV(rows * product.steps * 64, CACHED_ROWS);
     const int64_t most = CEIL_DIV(CEIL_DIV(rows, blocks), 32) * 32;
     bf16 *padded = NULL;
-    if (w->num_inputs % 32) { /* tiles read whole steps: the rest of a row must be there, and must be no NaN */
+    if (w->num_inputs % 32) { /* whole steps are read: the rest of a row must be there, and must be no NaN */
         const int64_t width = product.steps * 32;
         padded = aligned_alloc(64, (size_t)(CEIL_DIV(rows * width * 2, 64) * 64));
         if (!padded) abort();
@@ -273,7 +242,7 @@ EXPORT void ds_linear(const Packed *w, const bf16 *x, int64_t stride, int64_t ro
 #endif
             multiply_block(&product, x, stride, row, count, first, last);
         }
-        _tile_release();
+        end_rows();
     }
     free(padded);
 }

@@ -1,9 +1,9 @@
 /* Row-wise kernels: norms, activation. Included once per number format, with NUMBER, LOAD, STORE and NAME defined, and
- * LOAD16 and STORE16 for the vectors of processors with AMX; plain C elsewhere, which compilers vectorise. Sixteen running
- * sums make the order of additions, and so the result, independent of the compiler's choice of vector width.
+ * LOAD16 and STORE16 for processors with AVX512-BF16; plain C elsewhere, which compilers vectorise. Sixteen running sums
+ * make the order of additions, and so the result, independent of the compiler's choice of vector width.
  */
 
-#ifdef HAVE_AMX
+#ifdef HAVE_BF16_VECTORS
 
 /* One row: to = x (with a residual: of residual += x; with a residual and no x: of the residual) over its root mean
  * square, times weight. */

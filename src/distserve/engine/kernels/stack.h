@@ -26,7 +26,7 @@ typedef struct {
     void *context;
 } Stack;
 
-#ifdef HAVE_AMX
+#ifdef HAVE_BF16_VECTORS
 
 /* Widths of what lies between two products, in elements. */
 static inline int64_t attended_width(const Block *b) { return b->attention->num_heads * b->attention->head_dim; }

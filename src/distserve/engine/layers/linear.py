@@ -31,10 +31,10 @@ class Reordered:
         return self.multiply(x).float()
 
 
-def _tiled(weight: nn.Parameter, bias: Tensor | None, gated: bool) -> kernels.PackedWeight | None:
+def _packed(weight: nn.Parameter, bias: Tensor | None, gated: bool) -> kernels.PackedWeight | None:
     """A bf16 CPU weight packed for our kernels; None where they do not multiply."""
     library = kernels.load() if weight.is_cpu and weight.dtype == torch.bfloat16 else None
-    if library is None or not library.tiles:
+    if library is None or not library.packs:
         return None
     return kernels.PackedWeight(library, weight.data.contiguous(), bias, gated)
 
@@ -73,7 +73,7 @@ class Linear(nn.Module):
     def pack(self) -> None:
         """Call once, after loading and moving to the device."""
         bias = None if self.bias is None else self.bias.data
-        self.packed = _tiled(self.weight, bias, self._gated) or _reordered(self.weight, bias)
+        self.packed = _packed(self.weight, bias, self._gated) or _reordered(self.weight, bias)
         if self.packed is not None:
             self.weight.data = torch.empty(0, dtype=self.weight.dtype)
 
@@ -147,7 +147,7 @@ class Embedding(nn.Module):
 
     def pack(self) -> None:
         """Call once, after loading and moving to the device; pays where a tied head multiplies by this weight."""
-        self.packed = _tiled(self.weight, None, False)
+        self.packed = _packed(self.weight, None, False)
         if self.packed is not None:
             self.weight.data = torch.empty(0, dtype=self.weight.dtype)
 

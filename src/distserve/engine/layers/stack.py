@@ -64,7 +64,7 @@ class Stack:
         linears = [linear for p in parts for linear in (p.qkv, p.out, p.gate_up, p.down)]
         packed = all(isinstance(linear.packed, kernels.PackedWeight) for linear in linears)
         library = kernels.load()
-        return cls(library, parts, shape, eps, links) if library is not None and library.tiles and packed else None
+        return cls(library, parts, shape, eps, links) if library is not None and library.packs and packed else None
 
     def forward(
         self, residual: Tensor, rope: Rotary, kv: Sequence[Tensor], step: StepLayout, rows: Tensor | None
