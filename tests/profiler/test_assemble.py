@@ -17,7 +17,7 @@ from distserve.plan import InstanceSpec, Plan, Role
 from distserve.profiler import assemble
 from distserve.profiler.assemble import Heading
 from distserve.profiler.live import Around
-from distserve.profiler.phases import Findings
+from distserve.profiler.phases import Findings, Turn
 from distserve.profiler.series import Series
 
 HEADING = Heading(
@@ -54,8 +54,7 @@ def findings() -> Findings:
             found.decodes[batch, context] = series(decode_seconds(batch, batch * context))
             found.contexts[batch, context] = batch * context
     found.mixed[0, 100, 20, 100] = series(0.016 + 2e-4 * 100 + 1e-7 * 1e4 + 4e-4 * 20 + 2e-6 * 2000)
-    found.quiet = {"prefill": series(0.1), "decode": series(0.02)}
-    found.beside = {("prefill", "decode"): series(0.11), ("decode", "prefill"): series(0.019)}
+    found.beside = {("prefill", "decode"): [Turn([0.1], [0.11])], ("decode", "prefill"): [Turn([0.02], [0.019])]}
     per_byte = 1 / 6e9
     for size in (737_280, 20 * 737_280):
         found.publish[size], found.pull[size] = series(size * per_byte / 3), series(1e-4 + size * per_byte * 2 / 3)
@@ -98,8 +97,8 @@ def test_what_was_measured_is_what_a_simulator_reads() -> None:
 
 def test_a_slow_spell_beside_a_neighbour_is_not_the_neighbours() -> None:
     found = findings()
-    found.quiet["prefill"] = Series([0.1] * 12)
-    found.beside["prefill", "decode"] = Series([0.104] * 4 + [0.2] * 20)
+    within, beginning, both = ([0.1] * 12, [0.104] * 4 + [0.2] * 20), ([0.1] * 9, [0.2] * 9), ([0.2] * 9, [0.208] * 9)
+    found.beside["prefill", "decode"] = [Turn(*turn) for turn in (within, beginning, both)]
     assert assemble.beside(found)["prefill_beside"] == {"decode": 1.04}
 
 
@@ -116,7 +115,7 @@ def test_a_file_says_when_another_machine_is_meant() -> None:
 
 def test_half_a_profile_is_a_file_where_a_fit_can_be_made() -> None:
     found = findings()
-    found.mixed, found.quiet, found.beside, found.publish, found.pull, found.around = {}, {}, {}, {}, {}, Around()
+    found.mixed, found.beside, found.publish, found.pull, found.around = {}, {}, {}, {}, Around()
     assert assemble.missing(found) == ""
     table = assemble.table(found, HEADING)
     format.read(table, "costs.json")

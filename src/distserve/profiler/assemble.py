@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from distserve.costs import format
@@ -123,14 +123,13 @@ def pulls(found: Findings, heading: Heading) -> tuple[float | None, float]:
 
 
 def beside(found: Findings) -> dict[str, dict[str, float]]:
-    """How many times as long as alone each phase's steps take beside another's. The quick tenth of both is compared: a
-    neighbour is beside every step, also the quickest, and a slow spell of the machine is its weather, neighbour or
-    not."""
+    """How many times as long as alone each phase's steps take beside another's: the median of the turns. In each the
+    quick tenth of both is compared: a neighbour is beside every step, also the quickest, and a slow spell of the machine
+    is its weather, neighbour or not."""
     shares: dict[str, dict[str, float]] = {}
-    for (phase, neighbour), series in found.beside.items():
-        if phase in found.quiet:
-            share = quantile(sorted(series.values), QUICK) / quantile(sorted(found.quiet[phase].values), QUICK)
-            shares.setdefault(f"{phase}_beside", {})[neighbour] = round(max(1.0, share), 3)
+    for (phase, neighbour), turns in found.beside.items():
+        share = median(quantile(sorted(turn.beside), QUICK) / quantile(sorted(turn.alone), QUICK) for turn in turns)
+        shares.setdefault(f"{phase}_beside", {})[neighbour] = round(max(1.0, share), 3)
     return shares
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from distserve.bench.client import Client
 from distserve.costs import fit
@@ -41,7 +42,14 @@ SHARES = {
 }  # of the time
 _PULLS = 7  # times each size
 _WARM = 0.02  # seconds until a neighbour is at work
-_SPELL = 0.7  # seconds beside it at a time
+_SPELL = 0.6  # seconds beside it at a time, and alone
+
+
+class Turn(NamedTuple):
+    """Seconds of steps of a phase within two seconds or less: alone, before and after, and beside a neighbour's."""
+
+    alone: list[float]
+    beside: list[float]
 
 
 @dataclass(slots=True)
@@ -53,8 +61,7 @@ class Findings:
     contexts: dict[Cell, float] = field(default_factory=dict)  # summed over the batch
     surveys: tuple[Survey[Lengths], Survey[Cell], Survey[Mixture]] | None = None  # that found them
     mixed: dict[Mixture, Series] = field(default_factory=dict)
-    quiet: dict[str, Series] = field(default_factory=dict)  # by phase
-    beside: dict[tuple[str, str], Series] = field(default_factory=dict)  # (phase, the neighbour's)
+    beside: dict[tuple[str, str], list[Turn]] = field(default_factory=dict)  # (phase, the neighbour's)
     publish: dict[int, Series] = field(default_factory=dict)  # by bytes
     pull: dict[int, Series] = field(default_factory=dict)
     around: Around = field(default_factory=Around)
@@ -178,21 +185,21 @@ def _closer(
 
 
 async def neighbours(workers: Sequence[Remote], within: Range, found: Findings, budget: Budget) -> None:
-    """A second of each in turns, alone between any two: what slows the machine for longer falls on all of them. Every
-    step counts for itself, so that its quick ones can be told from those of a slow spell."""
+    """In turns, half of the time alone right before and half right after: what slows the machine for longer falls on a
+    whole turn. Every step counts for itself, so that its quick ones can be told from those of a slow spell."""
     mine, other = workers
     lm = found.knee(within.longest_prompt)
     works: dict[str, Work] = {"prefill": Prompts([lm]), "decode": Decodes(*grid.typical_decode(within), STEPS)}
     pairs = [(phase, theirs) for theirs in works for phase in works]
     while True:
         for phase, theirs in pairs:
-            quiet = await _spell(mine, works[phase], _SPELL / 2)  # alone as often as beside each of two
+            alone = await _spell(mine, works[phase], _SPELL / 2)
             await other.begin(works[theirs])
             await asyncio.sleep(_WARM)
             beside = await _spell(mine, works[phase], _SPELL)
             await other.end()
-            found.quiet.setdefault(phase, Series()).values += quiet
-            found.beside.setdefault((phase, theirs), Series()).values += beside
+            alone += await _spell(mine, works[phase], _SPELL / 2)
+            found.beside.setdefault((phase, theirs), []).append(Turn(alone, beside))
             budget.tick()
             if budget.over() and len(found.beside) == len(pairs):
                 return
