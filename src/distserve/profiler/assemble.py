@@ -124,8 +124,8 @@ def pulls(found: Findings, heading: Heading) -> tuple[float | None, float]:
 
 def beside(found: Findings) -> dict[str, dict[str, float]]:
     """How many times as long as alone each phase's steps take beside another's: the median of the turns. In each the
-    quick tenth of both is compared: a neighbour is beside every step, also the quickest, and a slow spell of the machine
-    is its weather, neighbour or not."""
+    quick tenth of both is compared: a neighbour is beside every step, also the quickest, and a slow spell of the
+    machine is its weather, neighbour or not."""
     shares: dict[str, dict[str, float]] = {}
     for (phase, neighbour), turns in found.beside.items():
         share = median(quantile(sorted(turn.beside), QUICK) / quantile(sorted(turn.alone), QUICK) for turn in turns)
