@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from experiments.accuracy import figures, live, page
+from experiments.accuracy import figures, live, page, vectors
 from experiments.accuracy.runs import real_runs
 from experiments.accuracy.score import scores
 
@@ -17,7 +17,12 @@ def main() -> None:
     images, document = DOCS / "images", DOCS / "accuracy.md"
     first = document.read_text(encoding="utf-8").partition(live.TITLE)[0] if sys.argv[1:] == ["live"] else a100(images)
     live.draw(images / "accuracy-live.svg")
-    document.write_text(f"{first.rstrip()}\n\n{live.text()}", encoding="utf-8")
+    document.write_text(f"{first.rstrip()}\n\n{of_our_server()}", encoding="utf-8")
+
+
+def of_our_server() -> str:
+    """The part about this project's own."""
+    return f"{live.text()}\n{vectors.text()}\n"
 
 
 def a100(images: Path) -> str:

@@ -99,10 +99,20 @@ class Live:
     comparison: Comparison
 
 
+@dataclass(frozen=True)
+class Slow:
+    """Shares of the steps with prompts that took more than 1.5 times what their costs say, and of those that decode."""
+
+    all: float
+    decodes: float
+    least: float  # prompts, by run
+    most: float
+
+
 @cache
-def live() -> Live:
-    recording = read(RUNS)
-    costs = choose_costs(recording.model, "cpu", COSTS)
+def live(runs: Path = RUNS, of_the_machine: Path = COSTS) -> Live:
+    recording = read(runs)
+    costs = choose_costs(recording.model, "cpu", of_the_machine)
 
     def slos(plan: str, workload: str) -> Sequence[SLO]:
         return recording.chosen[plan, workload].slos
@@ -125,7 +135,8 @@ def text() -> str:
         NOISE,
         "![Predicted beside measured](images/accuracy-live.svg)",
         capacities(comparison),
-        what_nobody_knows(found),
+        LOTS.format(draws=lots.DRAWS),
+        drawn(found),
         weather(found),
         WHY,
         why(comparison.cells),
@@ -199,20 +210,31 @@ def why(found: Sequence[Cell]) -> str:
     return table(["", "steps", "others", "ahead", "as it was"], reversed(rows))
 
 
-def what_nobody_knows(found: Live) -> str:
-    drawn = lots.lots(found.recording, found.costs)
-    if drawn is None:
-        return ""
+def drawn(found: Live) -> str:
+    """What the lot alone is worth."""
+    lot = lots.lots(found.recording, found.costs)
+    assert lot is not None
     rows = [
-        ["attainment", f"{100 * drawn.attainment:.1f} points", f"{100 * drawn.apart:.1f} points"],
-        ["attainment between 5% and 95%", f"{100 * drawn.steep:.1f} points", f"{100 * drawn.steep_apart:.1f} points"],
+        ["attainment", f"{100 * lot.attainment:.1f} points", f"{100 * lot.apart:.1f} points"],
+        ["attainment between 5% and 95%", f"{100 * lot.steep:.1f} points", f"{100 * lot.steep_apart:.1f} points"],
     ]
-    for (name, part), error in drawn.latencies.items():
+    for (name, part), error in lot.latencies.items():
         rows.append([f"{name.upper()} {part}", f"{100 * error:.1f} %", ""])
-    return LOTS.format(draws=lots.DRAWS).strip() + "\n\n" + table(["", "missed at least", "apart"], rows)
+    return table(["", "missed at least", "apart"], rows)
 
 
 def weather(found: Live) -> str:
+    slow = slow_prompts(found)
+    return WEATHER.format(
+        prompts=f"{slow.all:.0%}",
+        decodes=f"{slow.decodes:.0%}",
+        least=f"{slow.least:.0%}",
+        most=f"{slow.most:.0%}",
+        span=found.costs.engine.weather.span,
+    )
+
+
+def slow_prompts(found: Live) -> Slow:
     """How long the steps of the runs took, beside their costs."""
     slow: dict[bool, list[float]] = {True: [], False: []}
     by_run = []
@@ -225,13 +247,7 @@ def weather(found: Live) -> str:
             by_run.append(_share_slow(mine[True]))
         for prompts, all_times in mine.items():
             slow[prompts] += all_times
-    return WEATHER.format(
-        prompts=f"{_share_slow(slow[True]):.0%}",
-        decodes=f"{_share_slow(slow[False]):.0%}",
-        least=f"{min(by_run):.0%}",
-        most=f"{max(by_run):.0%}",
-        span=found.costs.engine.weather.span,
-    )
+    return Slow(_share_slow(slow[True]), _share_slow(slow[False]), min(by_run), max(by_run))
 
 
 def _share_slow(times: Sequence[float]) -> float:

@@ -40,7 +40,7 @@ def test_what_is_known_stays_and_the_new_parallelism_comes(file: str) -> None:
     old = add.known(file, PIPELINE)
     assert old is not None
     whole = add.merged(old, table(PIPELINE), PIPELINE)
-    assert set(whole["models"]["demo"]) == {"1", "1x2"}
+    assert set(whole["models"]["demo"]) == {"1x1", "1x2"}
     assert whole["engine"] == old["engine"]
     assert whole["machine"] == old["machine"]
     assert whole["note"].startswith(old["note"])

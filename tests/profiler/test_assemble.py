@@ -26,7 +26,7 @@ HEADING = Heading(
     date="2026-11-22",
     source="distserve profile",
     model="demo",
-    degree="1",
+    degree="1x1",
     fingerprint="a machine",
     versions="none",
     memory=8 << 30,
@@ -90,7 +90,7 @@ def test_what_was_measured_is_what_a_simulator_reads() -> None:
     assert costs.kv_blocks(1, 1) == (1 << 30) // (32 * 23_040)
     assert table["engine"]["prefill_beside"] == {"decode": 1.1}
     assert table["engine"]["decode_beside"] == {"prefill": 1.0}  # nothing gets faster beside others
-    errors = table["models"]["demo"]["1"]["error"]
+    errors = table["models"]["demo"]["1x1"]["error"]
     assert errors["prefill"]["left_out_mean"] < 1e-3
     assert errors["mixed"]["max"] < 1e-3
 

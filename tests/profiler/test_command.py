@@ -34,7 +34,7 @@ def test_a_machine_is_profiled_with_its_server(tmp_path: Path, capsys: pytest.Ca
     contents = profile.contents
     assert contents.device == machine.device_name(machine.resolve_device("auto"))
     assert contents.machine.fingerprint == machine.fingerprint("cpu")
-    entry = contents.entries[FAKE][1, None]
+    entry = contents.entries[FAKE][1, 1]
     assert entry.coefficients.prompts(100, 100**2) == pytest.approx(0.006, rel=0.05)
     assert entry.coefficients.decodes(8, 800) == pytest.approx(0.00416, rel=0.05)
     engine = contents.engine
@@ -57,7 +57,7 @@ def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
         said = process.stderr.read()
     assert process.returncode == 130
     assert "measured so far" in said
-    assert json.loads(out.read_text())["models"][FAKE]["1"]["prefill_points"]
+    assert json.loads(out.read_text())["models"][FAKE]["1x1"]["prefill_points"]
 
 
 def test_ctrl_c_before_there_is_enough_says_what_is_missing(tmp_path: Path) -> None:

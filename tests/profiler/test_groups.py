@@ -100,8 +100,8 @@ def test_each_parallelism_is_measured_and_added_to_one_file(
     assert "added 1x2 to" in said
     assert "asking a live server" not in said
     second = json.loads(out.read_text())
-    assert list(second["models"][model]) == ["2", "1x2"]
-    assert second["models"][model]["2"] == first["models"][model]["2"]
+    assert list(second["models"][model]) == ["2x1", "1x2"]
+    assert second["models"][model]["2x1"] == first["models"][model]["2x1"]
     assert second["engine"] == first["engine"]
     assert "pull_bandwidth" in second["engine"]
     assert "1x2 measured on" in second["note"]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from openai import OpenAI
+from tests.engine.support import MiniScheduler, load_model
+from tests.engine.support import greedy as greedily
 from tests.engine.test_demo import reference  # noqa: F401  # the fixture: a plain transformers model of the same weights
 from tests.serve.live import Server, serving
 
@@ -84,15 +86,17 @@ def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def greedy(reference: Any) -> list[str]:  # noqa: F811
-    """What transformers answers."""
+    """What transformers answers: our own tokens of one process, each of which one pass of the reference chooses."""
     tokenizer = load_tokenizer(str(hub.demo_path()))
+    world = MiniScheduler(load_model(hub.demo_path(), torch.float32, 1024), num_blocks=256)
+    answers = world.run([greedily(i, prompt, NUM_TOKENS) for i, prompt in enumerate(prompts())])
     found = []
-    for prompt in prompts():
+    for i, prompt in enumerate(prompts()):
+        answer = [token.id for token in answers[i]]
         with torch.inference_mode():
-            answer = reference.generate(
-                torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False
-            )
-        found.append(tokenizer.decode(answer[0, len(prompt) :].tolist(), skip_special_tokens=False))
+            logits = reference(torch.tensor([prompt + answer[:-1]]), logits_to_keep=NUM_TOKENS).logits[0]
+        assert logits.argmax(1).tolist() == answer
+        found.append(tokenizer.decode(answer, skip_special_tokens=False))
     return found
 
 

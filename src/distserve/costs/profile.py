@@ -127,7 +127,10 @@ class ProfileCosts:
         degree = (tp, pp) if (tp, pp) in self._entries else (tp, None)
         if degree not in self._entries:
             known = ", ".join(map(_words, self.degrees()))
-            raise PlanError(f"the costs {self.name} do not know {_words((tp, pp))} of {self._model}: they know {known}")
+            raise PlanError(
+                f"the costs {self.name} do not know {_words((tp, pp))} of {self._model}: they know {known}; on their "
+                f"machine, distserve profile --tp {tp} --pp {pp} --add measures it"
+            )
         share = stage_layers(self.spec, pp)[0] / self.spec.num_layers
         entry = self._used[degree] = self._entries[degree]
         engine = self.engine

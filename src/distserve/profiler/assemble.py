@@ -34,7 +34,7 @@ class Heading:
     date: str
     source: str
     model: str
-    degree: str  # "2", or "2x4" with stages
+    degree: str  # "2x4": tp 2 in 4 stages
     fingerprint: str
     versions: str
     memory: int  # bytes of a device

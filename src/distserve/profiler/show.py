@@ -53,8 +53,8 @@ def progress(title: str, seconds: float) -> Iterator[Tell]:
 
 
 def degree(tp: int, pp: int) -> str:
-    """As costs files have it."""
-    return str(tp) if pp == 1 else f"{tp}x{pp}"
+    """As costs files have what was measured of so many stages, and says nothing of other numbers of them."""
+    return f"{tp}x{pp}"
 
 
 def summary(found: Findings, table: Mapping[str, Any], knee: int, console: Console) -> None:

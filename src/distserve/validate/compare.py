@@ -221,7 +221,10 @@ def capacities(cells: Sequence[Cell], goal: float) -> list[Capacity]:
                 [(rate, cell.predicted.attainment.joint) for rate, cell in by_rate.items()],
             )
             measured, predicted = (crossing(curve, goal) for curve in curves)
-            ends = _end(curves[0], goal), _end(curves[1], goal)
+            ends = (
+                _outermost(curves[0], goal) if measured is None else measured,
+                _outermost(curves[1], goal) if predicted is None else predicted,
+            )
             answers.append(Capacity(plan, workload, slo, measured, predicted, tuple(by_rate), ends))
     return answers
 
@@ -235,11 +238,8 @@ def crossing(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
     return None
 
 
-def _end(curve: Sequence[tuple[float, float]], goal: float) -> float:
-    """Its crossing, or the outermost rate that it lies beyond."""
-    found = crossing(curve, goal)
-    if found is not None:
-        return found
+def _outermost(curve: Sequence[tuple[float, float]], goal: float) -> float:
+    """The rate that its crossing lies beyond."""
     (lowest, share), (highest, _) = falling(curve)[0], curve[-1]
     return lowest if share < goal else highest
 
