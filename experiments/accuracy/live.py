@@ -15,7 +15,8 @@ import matplotlib
 from distserve.costs.base import Costs
 from distserve.costs.choose import choose_costs
 from distserve.metrics import SLO
-from distserve.validate.compare import Capacity, Cell, Comparison, Verdict, compare
+from distserve.validate.capacity import Capacity
+from distserve.validate.compare import Cell, Comparison, Verdict, compare
 from distserve.validate.explain import slowness
 from distserve.validate.plot import picture
 from distserve.validate.record import Recording, read

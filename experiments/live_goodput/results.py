@@ -13,7 +13,7 @@ from distserve.metrics import SLO, attainment
 from distserve.plan import Role
 from distserve.planner.answer import Answer, InfeasibleError
 from distserve.planner.api import plan as choose
-from distserve.validate.compare import crossing
+from distserve.validate.capacity import crossing
 from distserve.validate.record import Key, Measured, Recording
 from experiments.live_goodput.cases import GOAL, SCALES, Case
 from experiments.live_goodput.contenders import ALL, APART, CHUNKED, MODEL, OURS, WHOLE

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tests.validate.support import load_costs, recording, write_costs
+from tests.validate.support import costs_table, load_costs, recording, write_costs
 
 from distserve.costs.profile import ProfileCosts
 from distserve.metrics import SLO
-from distserve.validate.compare import Capacity, Comparison, compare, crossing, falling
+from distserve.validate import grid
+from distserve.validate.compare import MOMENTS, Comparison, at_moments, compare, one_after_another
 from distserve.validate.record import Measured, Recording
 
 RATES = (1.0, 4.0, 8.0)
@@ -91,37 +90,24 @@ def test_a_run_that_was_spoiled_counts_in_no_error(costs: ProfileCosts) -> None:
     assert seen.attainment_error == float("inf")
 
 
-@pytest.mark.parametrize(
-    ("curve", "rate"),
-    [
-        ([(1, 1.0), (2, 0.8)], 1.5),
-        ([(1, 1.0), (2, 0.95), (3, 0.85), (4, 0.85)], 2.5),
-        ([(1, 1.0), (2, 0.88), (3, 0.94), (4, 0.71)], 3.05),  # 0.91 at both in the middle
-        ([(1, 0.88), (2, 0.96), (3, 0.8)], 2 + 0.02 / 0.12),  # 0.92 at both
-        ([(1, 0.9), (2, 0.0)], 1.0),
-        ([(1, 1.0), (2, 0.91)], None),
-        ([(1, 0.5), (2, 0.4)], None),
-    ],
-)
-def test_where_attainment_falls_below_the_goal(curve: list[tuple[float, float]], rate: float | None) -> None:
-    found = crossing(curve, 0.9)
-    assert found == (None if rate is None else pytest.approx(rate))
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_a_curve_that_is_made_to_fall_falls_and_keeps_its_mean(shares: list[float]) -> None:
-    made = [share for _, share in falling(list(enumerate(shares, 1)))]
-    assert all(high >= low - 1e-12 for high, low in pairwise(made))
-    assert sum(made) == pytest.approx(sum(shares))
-    if all(high >= low for high, low in pairwise(shares)):
-        assert made == shares
-
-
-def test_beyond_the_rates_an_error_is_told_as_far_as_it_is_known() -> None:
-    def of(measured: float | None, predicted: float | None, ends: tuple[float, float]) -> Capacity:
-        return Capacity("1p1d", "chat", SLO(1.0, 0.1), measured, predicted, (1.0, 2.0, 3.0), ends)
-
-    assert of(2.0, 2.5, (2.0, 2.5)).error == pytest.approx(0.25)
-    assert of(2.0, None, (2.0, 3.0)).error == pytest.approx(0.5)
-    assert not of(2.0, None, (2.0, 3.0)).exact
-    assert of(None, None, (3.0, 1.0)).error is None
+def test_nobody_knows_which_moment_of_the_weather_a_run_meets(costs: ProfileCosts, tmp_path: Path) -> None:
+    """Slow for one half of the time: what is predicted is neither half but both."""
+    run = next(iter(recording(None, costs, (1.0,)).runs.values()))
+    span = 12 * run.end
+    halves = {"span": span, "paces": [[0.0, 1.0, 1.0], [span / 2, 2.0, 2.0]]}
+    (tmp_path / "halves.json").write_text(json.dumps(costs_table() | {"weather": halves}))
+    changing, slow = load_costs(tmp_path / "halves.json"), load_costs(write_costs(tmp_path / "slow.json", 2.0))
+    plan = grid.PLANS["2c-whole"]
+    found = at_moments(plan, run.workload(), changing)
+    assert len(found) == MOMENTS
+    assert len(at_moments(plan, run.workload(), costs)) == 1
+    quick, late = (at_moments(plan, run.workload(), each)[0].records for each in (costs, slow))
+    firsts = [each.records[-1].ttft for each in found]
+    assert {quick[-1].ttft, late[-1].ttft} <= set(firsts)
+    records, end = one_after_another(found, run.warmup)
+    assert len(records) == sum(
+        r.arrival >= run.warmup + each.records[0].arrival for each in found for r in each.records
+    )
+    assert [r.arrival for r in records] == sorted(r.arrival for r in records)
+    assert records[-1].arrival < end
+    assert end == pytest.approx(sum(each.end - each.records[0].arrival - run.warmup for each in found))

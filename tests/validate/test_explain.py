@@ -36,7 +36,7 @@ def test_an_error_of_the_steps_is_found_and_what_is_left_is_nothing(tmp_path: Pa
             told[f"{STEP} {role} sum"] = sum(usage.busy for usage in mine)
             told[f"{STEP} {role} count"] = float(sum(usage.steps for usage in mine))
     run = Measured(run.key, run.warmup, run.end, run.records, server=told)
-    found = steps(run, imagine(plan, drawn, costs))
+    found = steps(run, (imagine(plan, drawn, costs),))
     assert all(1.3 < each.ratio < 1.8 for each in found.values())
     assert set(found) == ({"prefill", "decode"} if name == "1p1d" else {"colocated"})
     cell = judged(lived((run,), plan, costs), grid.idle_slos(plan, CHAT, costs)[0])

@@ -203,8 +203,6 @@ class _Choice:
             least = best.num_devices
             other = next(iter(search.fewest(self._rate, [wanted], least=least, most=2 * least, limit=4)), None)
         runner_up = ranked[0] if ranked else other
-        if self._rate is None:
-            return [], runner_up, other
         return list(dict.fromkeys(each for each in (runner_up, other) if each is not None)), runner_up, other
 
     def _curves(self, found: list[Found], rate: float) -> tuple[Curve, ...]:

@@ -4,11 +4,11 @@ A run is long enough for its queues to settle, and counts neither its beginning 
 
     |-- warm-up: load, but no count --|---------- counted ----------|-- the load goes on until all counted are over --|
 
-All three last a few residence times (how long a request stays), and the counted part has so many requests at least. A
-run ends as soon as its answer is certain: when more requests have missed their targets than may, or when half of it is
-over and the confidence interval lies above the goal. Where the second half attains clearly less than the first, or
-first tokens (or each token after them) take clearly longer and longer, queues grow: the run is repeated at twice the
-length, and what grows to the end does not attain the goal.
+All three last a few residence times (how long a request stays), and the counted part has so many requests at least; on
+a machine with weather half of it sees all of that. A run ends as soon as its answer is certain: when more requests have
+missed their targets than may, or when half of it is over and the confidence interval lies above the goal. Where the
+second half attains clearly less than the first, or first tokens (or each token after them) take clearly longer and
+longer, queues grow: the run is repeated at twice the length, and what grows to the end does not attain the goal.
 
 The same seed gives the same requests at every rate, at gaps that differ by a factor only (`Demand.lives`), so that two
 rates, and two plans, are compared on the same luck.
@@ -42,12 +42,12 @@ class Length:
     requests: int  # counted
     cool: float = 1.0
 
-    def numbers(self, rate: float, residence: float) -> tuple[int, int, int]:
-        """(warm, counted, cool) requests."""
+    def numbers(self, rate: float, residence: float, span: float = 0.0) -> tuple[int, int, int]:
+        """(warm, counted, cool) requests. `span`: seconds of the machine's weather, 0: it has none."""
         stay = rate * residence  # requests in the system
         return (
             math.ceil(max(self.requests / 10, self.warm * stay)),
-            math.ceil(max(self.requests, self.counted * stay)),
+            math.ceil(max(self.requests, self.counted * stay, 2 * span * rate)),
             math.ceil(max(20.0, self.cool * stay)),
         )
 
@@ -85,6 +85,10 @@ class Situation:
     cluster: Cluster | None
     demand: Demand
     residence: float  # seconds that a request stays, about
+
+    def numbers(self, rate: float, length: Length) -> tuple[int, int, int]:
+        """(warm, counted, cool) requests of a run."""
+        return length.numbers(rate, self.residence, self.costs.engine.weather.span)
 
 
 _OVER, _TTFT, _TPOT = 1, 2, 4
@@ -192,7 +196,7 @@ def lived(
     situation: Situation, plan: Plan, rate: float, length: Length = FULL, *, seed: int = 0
 ) -> tuple[Imagination, int, int]:
     """(a whole run, its warm-up, its counted) in requests."""
-    demand, (warm, counted, cool) = situation.demand, length.numbers(rate, situation.residence)
+    demand, (warm, counted, cool) = situation.demand, situation.numbers(rate, length)
     lives = demand.lives(rate, warm + counted + cool, seed)
     watch = _Watch(demand, lives[warm : warm + counted], early=False)
     return live(plan, lives, situation.costs, cluster=situation.cluster, stop=watch), warm, counted
@@ -207,7 +211,7 @@ def _judge(
     early: bool,
     cancelled: Callable[[], bool] | None,
 ) -> Verdict:
-    demand, (warm, counted, cool) = situation.demand, length.numbers(rate, situation.residence)
+    demand, (warm, counted, cool) = situation.demand, situation.numbers(rate, length)
     lives = demand.lives(rate, warm + counted + cool, seed)
     watch = _Watch(demand, lives[warm : warm + counted], early)
     stop: Callable[[Life], bool] = watch if cancelled is None else _either(watch, cancelled)

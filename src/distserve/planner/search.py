@@ -4,14 +4,14 @@ are. Knows no file and no screen.
 It follows DistServe (OSDI'24, section 4): phases are looked at apart, and what they need is put together, for nodes
 with fast links between them (Algorithm 1) or inside nodes only (Algorithm 2). What is beyond the paper: whatever is put
 together is judged whole (joint attainment, router, transfers), every ratio of prefill to decode instances is a
-candidate, and so are colocated instances.
+candidate, and so are colocated instances:
 
     for T = 1, 2, 3, ... devices
         all deployments of T devices  --bounds.py-->  those that arithmetic does not rule out
                                       --phases apart, simulated-->  those whose phases attain the rate
                                       --whole, simulated-->  the answers
 
-so that the first T with an answer is the least there is. Nothing is left out because it looks bad, only because of
+so that the first T with an answer is the least there is. Nothing is left out but because of
 
     bounds      no deployment does better (the argument stands in bounds.py)
     phases      no deployment attains more than its prefill side or its decode side alone (phases.py), and what one
@@ -347,8 +347,7 @@ class Search:
     # -- whole deployments ---------------------------------------------------------------------------------------------
 
     def judge(self, deployments: list[Deployment], rate: float) -> list[Verdict]:
-        """Each as a whole at the rate; copies of a unit by one of them at its share: requests are spread evenly over
-        them, and KV stays in a unit."""
+        """Each as a whole at the rate; copies of a unit by one of them at its share: they share requests evenly."""
         missing = [d for d in deployments if (d, rate) not in self._judged]
         questions = [self.question(d, rate) for d in missing]
         for deployment, verdict in zip(missing, self._jobs.map(ask, questions), strict=True):
@@ -375,15 +374,16 @@ class Search:
         ranked: list[Found] = []
         while left:
             first, left = left[:2], left[2:]
-            climbs = [self.climbing(each, target, tolerance, ROUGH) for each in first]
-            ranked += [self.climbed(*each) for each in zip(first, self._jobs.map(climb, climbs), strict=True)]
+            climbs = self._jobs.map(climb, [self.climbing(each, target, tolerance, ROUGH) for each in first])
+            ranked += [self.climbed(*each) for each in zip(first, climbs, strict=True)]
             ranked.sort(key=lambda each: -each.goodput)
             if not (target := max(rate, ranked[0].goodput * (1 + tolerance))):
                 continue
             verdicts = self.judge([each.deployment for each in left], target)
             below = [each for each, verdict in zip(left, verdicts, strict=True) if not verdict.attains]
             left = [each for each in left if each not in below]
-            ranked += [replace(each, goodput=min(target, self.promise(each.deployment))) for each in below]
+            most = ranked[0].goodput or target
+            ranked += [replace(each, goodput=min(most, self.promise(each.deployment))) for each in below]
         return ranked
 
     def climbing(self, each: Found, rate: float, tolerance: float = 0.03, length: Length = USUAL) -> Climb:

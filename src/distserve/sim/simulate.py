@@ -78,17 +78,21 @@ def imagine(
     trace: Trace | None = None,
     stop: Callable[[Life], bool] | None = None,
     weather: Mapping[str, Weather] | None = None,
+    weather_at: float = 0.0,
 ) -> Imagination:
     """Lives every request of a workload that has arrival times. `cluster`: the links that KV moves over (None: nodes of
     eight devices as their vendor builds them). `admission`: what the gateway lets in. `trace` hears of every batch.
     `stop`, asked as each request ends, ends the run: requests that were not over are "unfinished". `weather`, by
-    instance, takes the place of what the costs have seen, and of what neighbours do to each other.
+    instance, takes the place of what the costs have seen, and of what neighbours do to each other. `weather_at`: the
+    second of what the costs have seen at which the world begins.
 
     Raises `PlanError` where an instance does not fit its devices or nothing is known of its parallelism,
     `WorkloadError` where the workload has no times."""
     if not workload.timed:
         raise WorkloadError(f"{workload.name} has no arrival times: draw them with a rate")
-    world = World(plan, costs, cluster=cluster, admission=admission, trace=trace, weather=weather)
+    world = World(
+        plan, costs, cluster=cluster, admission=admission, trace=trace, weather=weather, weather_at=weather_at
+    )
     return _lived(world, lives_of(workload), stop)
 
 

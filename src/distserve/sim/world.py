@@ -82,6 +82,7 @@ class World(Surroundings):
         admission: AdmissionPolicy | None = None,
         trace: Trace | None = None,
         weather: Mapping[str, base.Weather] | None = None,
+        weather_at: float = 0.0,
     ) -> None:
         self.events = Events()
         self._costs = costs
@@ -115,7 +116,7 @@ class World(Surroundings):
         slowed = self._engine.prefill_beside != Neighbour() or self._engine.decode_beside != Neighbour()
         if slowed and weather is None:
             self._introduce()
-        self._expose(weather)
+        self._expose(weather, weather_at)
         # Where there is no choice, nobody need be asked: it would cost more than the rest of a request's simulation.
         self._only_first = next(iter(self._first.values())) if len(self._first) == 1 else None
         self._only_decode = next(iter(self._decode.values())) if len(self._decode) == 1 else None
@@ -254,12 +255,13 @@ class World(Surroundings):
                 if one is not other and nodes[0] == nodes[1]:
                     one.meet(other)
 
-    def _expose(self, weather: Mapping[str, base.Weather] | None) -> None:
-        """Each instance to its own weather, or to what its costs have seen: not all to the same at the same time."""
+    def _expose(self, weather: Mapping[str, base.Weather] | None, at: float) -> None:
+        """Each instance to its own weather, or to what its costs have seen: not all to the same at the same time. `at`:
+        the second of the latter at which the world begins."""
         for number, instance in enumerate(self.instances):
             watched = self._engine.weather if weather is None else weather.get(instance.name, base.FAIR)
             if watched.paces:
-                phase = number * GOLDEN % 1.0 * watched.span if weather is None else 0.0
+                phase = at + number * GOLDEN % 1.0 * watched.span if weather is None else 0.0
                 instance.weather = Weather(watched, phase)
 
     def _way(self, source: str, target: str) -> Way:

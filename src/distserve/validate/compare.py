@@ -1,6 +1,8 @@
 """Predicted beside measured: the very requests that a live server got are imagined with these costs, and both judged by
 `metrics`. Knows no server.
 
+    predicted                where the costs saw weather, in all of it: the run is imagined beginning at several moments
+                             of it, and these are judged together; nobody knows which of them the real one will meet
     error of an attainment   predicted - measured, as a share (0.01: a point)
     error of a latency       predicted / measured - 1
     as it was                predicted once more, on a machine as fast at each moment as it was in that run (explain.py)
@@ -14,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import combinations, pairwise
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from statistics import fmean
 from typing import Any
 
@@ -23,9 +25,12 @@ from distserve.costs.base import Costs
 from distserve.metrics import SLO, Record, Report, report
 from distserve.plan import Plan
 from distserve.sim.simulate import Imagination, imagine
+from distserve.validate.capacity import Capacity, crossing, outermost
 from distserve.validate.explain import Mean, as_measured, steps
 from distserve.validate.record import Measured
+from distserve.workload import Workload
 
+MOMENTS = 6  # of the weather, at which a run is imagined to begin
 STEEP = (0.05, 0.95)  # attainments between which a small change of the load is a large one of the answer
 LATENCIES = tuple((name, part) for name in ("ttft", "tpot") for part in ("p50", "p90", "p99"))
 
@@ -35,12 +40,13 @@ class Runs:
     """The same requests, measured once or several times, and imagined."""
 
     measured: tuple[Measured, ...]  # by repeat; at least one
-    imagined: Imagination
+    imagined: tuple[Imagination, ...]  # at each moment of the costs' weather; at least one
     as_measured: tuple[Imagination, ...] = ()  # each run again, on its machine as it was; (): nobody knows how it was
 
     @property
     def predicted(self) -> tuple[Record, ...]:
-        return self.imagined.records
+        """Of the first moment."""
+        return self.imagined[0].records
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Cell:
     def each_as_it_was(self) -> list[Cell]:
         """Every run for itself, beside its prediction on the machine as it was."""
         parts = zip(self.runs.measured, self.runs.as_measured, self.measured, self.as_it_was, strict=False)
-        return [Cell(Runs((run,), lived), self.slo, (real,), found) for run, lived, real, found in parts]
+        return [Cell(Runs((run,), (lived,)), self.slo, (real,), found) for run, lived, real, found in parts]
 
     @property
     def steps(self) -> dict[str, Mean]:
@@ -152,7 +158,27 @@ def grouped(runs: Iterable[Measured]) -> list[tuple[Measured, ...]]:
 def lived(group: tuple[Measured, ...], plan: Plan, costs: Costs) -> Runs:
     """Raises what `imagine` raises."""
     again = [found for run in group if (found := as_measured(run, plan, costs)) is not None]
-    return Runs(group, imagine(plan, group[0].workload(), costs), tuple(again) if len(again) == len(group) else ())
+    return Runs(group, at_moments(plan, group[0].workload(), costs), tuple(again) if len(again) == len(group) else ())
+
+
+def at_moments(plan: Plan, workload: Workload, costs: Costs) -> tuple[Imagination, ...]:
+    """The workload, begun at moments that are spread evenly over the weather that the costs saw; once without any.
+    Raises what `imagine` raises."""
+    span = costs.engine.weather.span
+    starts = [span * i / MOMENTS for i in range(MOMENTS)] if span else [0.0]
+    return tuple(imagine(plan, workload, costs, weather_at=start) for start in starts)
+
+
+def one_after_another(found: Sequence[Imagination], warmup: float) -> tuple[list[Record], float]:
+    """(what is left of each after its warm-up, as one run; when that is over)."""
+    records: list[Record] = []
+    offset = 0.0
+    for each in found:
+        start = each.records[0].arrival + warmup
+        later = [record for record in each.records if record.arrival >= start]
+        records += [replace(record, arrival=record.arrival - start + offset) for record in later]
+        offset += each.end - start
+    return records, offset
 
 
 def judged(runs: Runs, slo: SLO) -> Cell:
@@ -162,48 +188,16 @@ def judged(runs: Runs, slo: SLO) -> Cell:
         report(run.records, slo, end=run.end, rate=rate, warmup=run.warmup, seed=seed) for run in runs.measured
     )
 
-    def imagined(found: Imagination) -> Report:
-        return report(found.records, slo, end=found.end, rate=rate, warmup=first.warmup, seed=seed)
+    def imagined(*found: Imagination) -> Report:
+        if len(found) == 1:
+            return report(found[0].records, slo, end=found[0].end, rate=rate, warmup=first.warmup, seed=seed)
+        records, end = one_after_another(found, first.warmup)
+        return report(records, slo, end=end, rate=rate, seed=seed)
 
-    return Cell(runs, slo, measured, imagined(runs.imagined), tuple(map(imagined, runs.as_measured)))
+    return Cell(runs, slo, measured, imagined(*runs.imagined), tuple(map(imagined, runs.as_measured)))
 
 
 # -- capacity ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """The rate up to which the goal is attained, of one plan and workload at one SLO; None: beyond the rates."""
-
-    plan: str
-    workload: str
-    slo: SLO
-    measured: float | None
-    predicted: float | None
-    rates: tuple[float, ...]
-    ends: tuple[float, float]  # measured and predicted, or the outermost rate that they lie beyond
-
-    @property
-    def exact(self) -> bool:
-        return self.measured is not None and self.predicted is not None
-
-    @property
-    def error(self) -> float | None:
-        """Where only one of both is among the rates, as much as it is at least; None: neither is."""
-        if self.measured is None and self.predicted is None:
-            return None
-        return self.ends[1] / self.ends[0] - 1
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "plan": self.plan,
-            "workload": self.workload,
-            "slo": {"ttft": self.slo.ttft, "tpot": self.slo.tpot},
-            "measured": self.measured,
-            "predicted": self.predicted,
-            "error": self.error,
-            "rates": list(self.rates),
-        }
 
 
 def capacities(cells: Sequence[Cell], goal: float) -> list[Capacity]:
@@ -222,40 +216,11 @@ def capacities(cells: Sequence[Cell], goal: float) -> list[Capacity]:
             )
             measured, predicted = (crossing(curve, goal) for curve in curves)
             ends = (
-                _outermost(curves[0], goal) if measured is None else measured,
-                _outermost(curves[1], goal) if predicted is None else predicted,
+                outermost(curves[0], goal) if measured is None else measured,
+                outermost(curves[1], goal) if predicted is None else predicted,
             )
             answers.append(Capacity(plan, workload, slo, measured, predicted, tuple(by_rate), ends))
     return answers
-
-
-def crossing(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
-    """The rate where attainment, linear between the rates, falls below the goal; None: it does not, or is below it from
-    the start."""
-    for (low, above), (high, below) in pairwise(falling(curve)):
-        if above >= goal > below:
-            return low + (above - goal) / (above - below) * (high - low)
-    return None
-
-
-def _outermost(curve: Sequence[tuple[float, float]], goal: float) -> float:
-    """The rate that its crossing lies beyond."""
-    (lowest, share), (highest, _) = falling(curve)[0], curve[-1]
-    return lowest if share < goal else highest
-
-
-def falling(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The closest curve that nowhere rises (isotonic regression by pooling adjacent violators): more load attains no
-    more, so where runs of a few dozen requests say otherwise it is chance, and neighbours share their mean."""
-    pools: list[tuple[float, list[float]]] = []  # (mean, rates)
-    for rate, share in curve:
-        mean, rates = share, [rate]
-        while pools and pools[-1][0] < mean:
-            before, others = pools.pop()
-            mean = (before * len(others) + mean * len(rates)) / (len(others) + len(rates))
-            rates = others + rates
-        pools.append((mean, rates))
-    return [(rate, mean) for mean, rates in pools for rate in rates]
 
 
 # -- the answer -------------------------------------------------------------------------------------------------------
@@ -368,7 +333,7 @@ def compare(
     for imagined in _all(runs, plans, costs):
         key = imagined.measured[0].key
         cells += [judged(imagined, slo) for slo in slos(key.plan, key.workload)]
-        notes |= dict.fromkeys(imagined.imagined.notes)
+        notes |= dict.fromkeys(imagined.imagined[0].notes)
     found = capacities(cells, goal)
     again = [each for cell in cells for each in cell.each_as_it_was]
     theirs = capacities(again, goal)

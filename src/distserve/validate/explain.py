@@ -8,6 +8,7 @@ and client. Knows no server.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distserve.costs.base import Costs, Pace, Weather
@@ -34,12 +35,12 @@ class Mean:
         return self.measured / self.predicted
 
 
-def steps(run: Measured, imagined: Imagination) -> dict[str, Mean]:
-    """By role, of those that both worlds have steps of."""
+def steps(run: Measured, imagined: Sequence[Imagination]) -> dict[str, Mean]:
+    """By role, of those that both worlds have steps of. `imagined`: the run, as often as it was."""
     found = {}
     for role in map(str, Role):
         count = run.server.get(f"{STEP} {role} count", 0.0)
-        mine = [usage for name, usage in imagined.usage.items() if name.startswith(role)]
+        mine = [usage for each in imagined for name, usage in each.usage.items() if name.startswith(role)]
         number = sum(usage.steps for usage in mine)
         if count and number:
             busy = sum(usage.busy for usage in mine)
@@ -55,7 +56,7 @@ def as_measured(run: Measured, plan: Plan, costs: Costs) -> Imagination | None:
     factors: dict[str, float] = {}
     imagined = imagine(plan, run.workload(), costs)
     for _ in range(_TIMES):
-        found = steps(run, imagined)
+        found = steps(run, (imagined,))
         if not found:
             return None
         factors = {role: factors.get(role, 1.0) * each.ratio for role, each in found.items()}

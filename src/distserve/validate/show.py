@@ -13,7 +13,8 @@ from rich.table import Table
 
 from distserve.metrics import SLO
 from distserve.tables import milliseconds
-from distserve.validate.compare import Capacity, Cell, Verdict
+from distserve.validate.capacity import Capacity
+from distserve.validate.compare import Cell, Verdict
 
 _WIDE = 240  # characters
 
