@@ -2,9 +2,9 @@
  * made on AMX tiles (linear_amx.h) or in vector registers (linear_vectors.h).
  *
  * Packed weight: [units][steps][2][16][16][2]. A unit is 32 outputs, a step is 32 inputs; within a step lie two 1 KB
- * tiles of 16 outputs, each 16 rows of input pairs: what TDPBF16PS wants as its B operand, and, row by row, VDPBF16PS,
- * so that a matrix product reads its weights in one straight line. Plain: output n is tile (n / 16) % 2 of unit n / 32. Gated: a unit holds 16
- * gate outputs and the 16 up outputs that belong to them. The edges are padded with zeros.
+ * tiles of 16 outputs, each 16 rows of input pairs: what TDPBF16PS wants as its B operand, and vector units row by row,
+ * so that a matrix product reads its weights in one straight line. Plain: output n is tile (n / 16) % 2 of unit n / 32.
+ * Gated: a unit holds 16 gate outputs and the 16 up outputs that belong to them. The edges are padded with zeros.
  *
  * Each output is one chain of fp32 accumulations over the inputs in order, whatever the number of rows, so a row's
  * result does not depend on the batch around it.

@@ -1,8 +1,8 @@
 """A model's blocks in one call of the kernels: what lies between kernels costs more than it looks, for each of them
 throws Python's code and data out of the caches. Knows no model: a family says which of its modules make a block.
 
-Only for bf16 on a CPU with AMX tiles, and not another way to compute: `build` returns None elsewhere, and the modules,
-called one by one, are the reference.
+Only for bf16 on a CPU where our own kernels multiply, and not another way to compute: `build` returns None elsewhere,
+and the modules, called one by one, are the reference.
 """
 
 from __future__ import annotations
