@@ -118,7 +118,11 @@ def live(runs: Path = RUNS, of_the_machine: Path = COSTS) -> Live:
     def slos(plan: str, workload: str) -> Sequence[SLO]:
         return recording.chosen[plan, workload].slos
 
-    return Live(recording, costs, compare(recording.runs.values(), recording.served, costs, slos, GOAL))
+    comparison = compare(recording.runs.values(), recording.served, costs, slos, GOAL)
+    for cell in comparison.cells:
+        assert len(cell.runs.predicted) == len(cell.runs.measured[0].records)
+        assert all(record.ok for record in cell.runs.predicted), "a recorded request that is not predicted"
+    return Live(recording, costs, comparison)
 
 
 def text() -> str:
