@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests.scripts import script
 from tests.test_architecture import house
 
 from distserve import compiled, precompile
@@ -56,12 +56,7 @@ CASES = [
 
 def imagined(interpreted: bool) -> list[object]:
     """[whether the compiled modules ran, what came of it]"""
-    environment = {key: value for key, value in os.environ.items() if key != compiled.OFF}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES)]
-    if interpreted:
-        environment[compiled.OFF] = "1"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found: list[object] = json.loads(done.stdout)
+    found: list[object] = json.loads(script(SCRIPT, json.dumps(CASES), interpreted=interpreted))
     return found
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -92,15 +92,6 @@ cells), {cells} cells are recorded here, {runs} runs with their repeats.
 
 
 @dataclass(frozen=True)
-class Live:
-    """What was recorded, compared."""
-
-    recording: Recording
-    costs: Costs
-    comparison: Comparison
-
-
-@dataclass(frozen=True)
 class Slow:
     """Shares of the steps with prompts that took more than 1.5 times what their costs say, and of those that decode."""
 
@@ -108,6 +99,19 @@ class Slow:
     decodes: float
     least: float  # prompts, by run
     most: float
+
+
+@dataclass(frozen=True)
+class Live:
+    """What was recorded, compared."""
+
+    recording: Recording
+    costs: Costs
+    comparison: Comparison
+
+    @cached_property
+    def slow(self) -> Slow:
+        return slow_steps(self)
 
 
 @cache
@@ -118,11 +122,7 @@ def live(runs: Path = RUNS, of_the_machine: Path = COSTS) -> Live:
     def slos(plan: str, workload: str) -> Sequence[SLO]:
         return recording.chosen[plan, workload].slos
 
-    comparison = compare(recording.runs.values(), recording.served, costs, slos, GOAL)
-    for cell in comparison.cells:
-        assert len(cell.runs.predicted) == len(cell.runs.measured[0].records)
-        assert all(record.ok for record in cell.runs.predicted), "a recorded request that is not predicted"
-    return Live(recording, costs, comparison)
+    return Live(recording, costs, compare(recording.runs.values(), recording.served, costs, slos, GOAL))
 
 
 def text() -> str:
@@ -229,17 +229,16 @@ def drawn(found: Live) -> str:
 
 
 def weather(found: Live) -> str:
-    slow = slow_prompts(found)
     return WEATHER.format(
-        prompts=f"{slow.all:.0%}",
-        decodes=f"{slow.decodes:.0%}",
-        least=f"{slow.least:.0%}",
-        most=f"{slow.most:.0%}",
+        prompts=f"{found.slow.all:.0%}",
+        decodes=f"{found.slow.decodes:.0%}",
+        least=f"{found.slow.least:.0%}",
+        most=f"{found.slow.most:.0%}",
         span=found.costs.engine.weather.span,
     )
 
 
-def slow_prompts(found: Live) -> Slow:
+def slow_steps(found: Live) -> Slow:
     """How long the steps of the runs took, beside their costs."""
     slow: dict[bool, list[float]] = {True: [], False: []}
     by_run = []

@@ -28,7 +28,7 @@ what an idle machine takes. On the machine as it was every target is met, with t
 
 def text() -> str:
     found = live.live(RUNS, COSTS)
-    slow, tiles = live.slow_prompts(found), live.slow_prompts(live.live())
+    slow, tiles = found.slow, live.live().slow
     keys = [run.key for run in found.recording.runs.values()]
     opening = TEXT.format(
         workloads=", ".join(dict.fromkeys(f"`{key.workload}`" for key in keys)),

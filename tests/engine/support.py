@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 
-from distserve.engine import hub, weights
+from distserve.engine import hub, kernels, weights
+from distserve.engine.kernels.bindings import Kernels, Unit
+from distserve.engine.kernels.build import build as build_kernels
 from distserve.engine.kv_cache import KVCache, private_buffer
 from distserve.engine.models.base import Model, build
 from distserve.engine.runner import Runner
@@ -36,6 +41,22 @@ TINY: dict[str, Any] = {
     "bos_token_id": 0,
     "initializer_range": 0.2,  # sharper than usual, so that greedy choices are clear
 }
+
+
+@contextmanager
+def multiplying_in(unit: Unit | None) -> Iterator[Kernels]:
+    """Kernels with this unit at most, from the library of this process: it is told what to use, and afterwards to use
+    what it did. Skips the test where the processor does not have it."""
+    usual = kernels.load()
+    assert usual is not None
+    loaded = ctypes.CDLL(str(build_kernels()))
+    chosen = Kernels(loaded, unit)
+    try:
+        if chosen.unit != unit:
+            pytest.skip(f"this processor does not multiply in {unit}")
+        yield chosen
+    finally:
+        Kernels(loaded, usual.unit)
 
 
 def make_checkpoint(folder: Path, family: str = "Llama", **changes: Any) -> Any:

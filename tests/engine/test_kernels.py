@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.oracle import EPSILON, distance
+from tests.engine.support import multiplying_in
 from torch import Tensor
 
 from distserve import machine
@@ -52,13 +52,8 @@ def library() -> kernels.Kernels:
 @pytest.fixture(scope="module", params=["tiles", "vectors"])
 def packing(request: pytest.FixtureRequest, library: kernels.Kernels) -> Iterator[kernels.Kernels]:
     """Kernels that multiply packed weights, with each unit that this processor has for it."""
-    loaded = ctypes.CDLL(str(build()))  # the same library: told what to use, and afterwards to use what it did
-    chosen = kernels.Kernels(loaded, request.param)
-    if chosen.unit == request.param:
+    with multiplying_in(request.param) as chosen:
         yield chosen
-    kernels.Kernels(loaded, library.unit)
-    if chosen.unit != request.param:
-        pytest.skip(f"this processor does not multiply in {request.param}")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -13,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.engine import oracle
 from tests.engine.oracle import EPSILON, Paged, distance
+from tests.engine.support import multiplying_in
 from torch import Tensor
 
 from distserve.engine import kernels
-from distserve.engine.kernels.build import build
 from distserve.engine.layers import (
     GatedLinear,
     Head,
@@ -41,22 +40,15 @@ same_fixture = settings(max_examples=25, suppress_health_check=[HealthCheck.func
 @pytest.fixture(params=["tiles", "vectors", "generic", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each way in which a layer can be computed on this machine."""
-    library = kernels.load()
     if request.param == "torch":
         monkeypatch.setattr(kernels, "load", lambda: None)
         yield "torch"
         return
-    if library is None:
+    if kernels.load() is None:
         pytest.skip("no kernels: no C compiler, or switched off")
-    loaded = ctypes.CDLL(str(build()))  # the same library: told what to use, and afterwards to use what it did
-    wanted = None if request.param == "generic" else request.param
-    chosen = kernels.Kernels(loaded, wanted)
-    monkeypatch.setattr(kernels, "load", lambda: chosen)
-    if chosen.unit == wanted:
+    with multiplying_in(None if request.param == "generic" else request.param) as chosen:
+        monkeypatch.setattr(kernels, "load", lambda: chosen)
         yield request.param
-    kernels.Kernels(loaded, library.unit)
-    if chosen.unit != wanted:
-        pytest.skip(f"this processor does not multiply in {request.param}")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:

@@ -159,7 +159,8 @@ class _Choice:
         search, rate = self._search, self._rate or best.goodput
         self._say(f"measuring {best.deployment}")
         question, copies = self._asked(best), best.deployment.copies
-        others, runner_up, other_kind = self._others(best, others)
+        runner_up, other_kind = self._others(best, others)
+        others = list(dict.fromkeys(each for each in (runner_up, other_kind) if each))
         questions = nearby(question, best.goodput / copies)
         climbs = [search.climbing(each, rate, 0.06, QUICK) for each in others]
         answers = self._jobs.gather([(ask, q) for q in questions] + [(climb, c) for c in climbs])
@@ -192,8 +193,8 @@ class _Choice:
             curves=self._curves([best, *(each for each in (runner_up, other_kind) if each)], rate),
         )
 
-    def _others(self, best: Found, ranked: list[Found]) -> tuple[list[Found], Found | None, Found | None]:
-        """(those of the two whose goodput is not known, the runner-up, the best of the other kind)."""
+    def _others(self, best: Found, ranked: list[Found]) -> tuple[Found | None, Found | None]:
+        """(the runner-up, the best of the other kind)."""
         search = self._search
         wanted = DISAGGREGATED if _kind(best) == COLOCATED else COLOCATED
         other = next((each for each in ranked if _kind(each) == wanted), None)
@@ -202,8 +203,7 @@ class _Choice:
         elif other is None and self._rate is not None:
             least = best.num_devices
             other = next(iter(search.fewest(self._rate, [wanted], least=least, most=2 * least, limit=4)), None)
-        runner_up = ranked[0] if ranked else other
-        return list(dict.fromkeys(each for each in (runner_up, other) if each is not None)), runner_up, other
+        return (ranked[0] if ranked else other), other
 
     def _curves(self, found: list[Found], rate: float) -> tuple[Curve, ...]:
         if not self._wish.curves:

@@ -90,7 +90,6 @@ class Kernels:
             return found
 
         self.unit: Unit | None = _UNITS[function("ds_init", _int, result=_int)(_UNITS.index(most))]
-        self.packs = self.unit is not None
         self.has_threads = bool(function("ds_has_threads", result=_int)())
         self._set_num_threads = function("ds_set_num_threads", _int)
         norm = (_pointer, _pointer, _pointer, _pointer, _int, _int, _float)
@@ -105,6 +104,10 @@ class Kernels:
             self.linear = function("ds_linear", _pointer, _pointer, _int, _int, _pointer, _int, _int)
             self.stack = function("ds_stack", *(_pointer,) * 4, _int, _pointer, _pointer, result=_int)
             self.stack_bytes = function("ds_stack_bytes", _pointer, _int, result=_int)
+
+    @property
+    def packs(self) -> bool:
+        return self.unit is not None
 
     def set_num_threads(self, count: int) -> None:
         """Threads of every later call. Results do not depend on it."""
